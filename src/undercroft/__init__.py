@@ -1,0 +1,65 @@
+"""Undercroft: train, run, combine and personalise language models that do not fit in memory.
+
+This is the front door: every public name, and where it lives. Errors come with it; everything else is
+imported when it is first asked for, so that ``import undercroft`` does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from undercroft.errors import (
+    BudgetExceeded,
+    CorruptRecord,
+    InvalidInput,
+    MissingExtra,
+    SpillMisuse,
+    TierFull,
+    TransferFailed,
+    UndercroftError,
+    UnsafeDirectory,
+    UnsupportedModel,
+    WrongVersion,
+)
+
+if TYPE_CHECKING:
+    from undercroft.store.budget import Budget
+    from undercroft.training.spill import ActivationSpill
+    from undercroft.training.trainer import SpillCallback
+
+    __version__: str
+
+_HOMES = {
+    "ActivationSpill": "undercroft.training.spill",
+    "Budget": "undercroft.store.budget",
+    "SpillCallback": "undercroft.training.trainer",
+}
+
+__all__ = [
+    "ActivationSpill",
+    "Budget",
+    "BudgetExceeded",
+    "CorruptRecord",
+    "InvalidInput",
+    "MissingExtra",
+    "SpillCallback",
+    "SpillMisuse",
+    "TierFull",
+    "TransferFailed",
+    "UndercroftError",
+    "UnsafeDirectory",
+    "UnsupportedModel",
+    "WrongVersion",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("undercroft")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

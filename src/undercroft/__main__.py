@@ -1,0 +1,5 @@
+"""``python -m undercroft``: the command line."""
+
+from undercroft.cli import main
+
+main()

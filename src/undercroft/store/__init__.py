@@ -1,0 +1,1 @@
+"""The core: the only code that moves tensor bytes between tiers."""

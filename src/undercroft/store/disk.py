@@ -1,0 +1,238 @@
+"""One open file of tensor bytes: positioned reads and writes that are whole or raise a typed error.
+
+It knows a descriptor, alignment and errno values; not what the bytes mean, nor queues or budgets. Invariant: a call
+either moved every byte asked for or raised; a short read or write is never taken for a whole one.
+
+`Syscalls` is the seam at which the honest doubles of `undercroft.testing` (slow, full and flaky disks) take part.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+from undercroft.errors import CorruptRecord, TierFull, TransferFailed
+from undercroft.store.ranges import BLOCK
+
+Iovec = tuple[int, int]
+"""(address, nbytes) of memory."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_AGAIN = {errno.EINTR, errno.EAGAIN}
+_log = logging.getLogger(__name__)
+
+
+class _CIovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("nbytes", ctypes.c_size_t))
+
+
+class Syscalls:
+    """The system calls that move bytes, on raw addresses. ctypes releases the GIL around each."""
+
+    def __init__(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._preadv, self._pwritev = libc.preadv64, libc.pwritev64
+        for call in (self._preadv, self._pwritev):
+            call.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
+            call.restype = ctypes.c_ssize_t
+        self._sync_range = libc.sync_file_range
+        self._sync_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+    def preadv(self, fd: int, iovecs: Sequence[Iovec], offset: int) -> int:
+        """Bytes read at `offset` into the memory of `iovecs`, in order; may be fewer than asked. Raises OSError."""
+        return self._call(self._preadv, fd, iovecs, offset)
+
+    def pwritev(self, fd: int, iovecs: Sequence[Iovec], offset: int) -> int:
+        """Bytes written at `offset` from the memory of `iovecs`, in order; may be fewer than asked. Raises OSError."""
+        return self._call(self._pwritev, fd, iovecs, offset)
+
+    def fallocate(self, fd: int, offset: int, nbytes: int) -> None:
+        """Reserve disk blocks. Raises OSError."""
+        os.posix_fallocate(fd, offset, nbytes)
+
+    def drop_cache(self, fd: int, offset: int, nbytes: int) -> None:
+        """Write dirty pages of a range back and drop them from the page cache."""
+        self._sync_range(fd, offset, nbytes, 7)  # wait before, write, wait after
+        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def _call(self, function: Callable[..., int], fd: int, iovecs: Sequence[Iovec], offset: int) -> int:
+        vector = (_CIovec * len(iovecs))(*iovecs)
+        moved = function(fd, ctypes.byref(vector), len(iovecs), offset)
+        if moved < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        return moved
+
+
+class DiskFile:
+    """An open file and how to move bytes of it.
+
+    Args:
+        fd: an open descriptor; closed by `close`.
+        name: what errors call it.
+        direct: the descriptor was opened with O_DIRECT: addresses, offsets and lengths must be multiples of 4096.
+            Otherwise each range is dropped from the page cache after it was moved.
+        syscalls: the seam.
+    """
+
+    def __init__(self, fd: int, name: str, *, direct: bool, syscalls: Syscalls | None = None) -> None:
+        self.fd = fd
+        self.name = name
+        self.direct = direct
+        self._syscalls = syscalls or Syscalls()
+
+    def read(self, offset: int, iovecs: Sequence[Iovec], need: int | None = None) -> None:
+        """Fill the memory of `iovecs` from `offset` on.
+
+        Args:
+            offset: where in the file, bytes.
+            iovecs: where in memory.
+            need: bytes that must come; fewer than the memory holds where a block is read past the file's end.
+
+        Raises:
+            CorruptRecord: the file ends before `need` bytes.
+            TransferFailed: the system refused, twice where the device reported an error.
+        """
+        total = sum(nbytes for _, nbytes in iovecs)
+        self._move(self._syscalls.preadv, "read", offset, iovecs, total if need is None else need)
+
+    def write(self, offset: int, iovecs: Sequence[Iovec]) -> None:
+        """Write the memory of `iovecs` at `offset`.
+
+        Raises:
+            TierFull: no room on the device, in the quota or under the file size limit.
+            TransferFailed: the system refused, twice where the device reported an error.
+        """
+        self._move(self._syscalls.pwritev, "write", offset, iovecs, sum(nbytes for _, nbytes in iovecs))
+
+    def reserve(self, offset: int, nbytes: int) -> None:
+        """Allocate blocks now, so that a full disk is met here rather than in the middle of a write.
+
+        Raises:
+            TierFull: no room.
+            TransferFailed: the system refused.
+        """
+        try:
+            self._syscalls.fallocate(self.fd, offset, nbytes)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise self._typed("reserve", error, offset, nbytes) from error
+
+    def truncate(self, nbytes: int) -> None:
+        """Cut the file to `nbytes`."""
+        os.ftruncate(self.fd, nbytes)
+
+    def close(self) -> None:
+        """Close the descriptor; again is allowed."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _move(
+        self, call: Callable[[int, Sequence[Iovec], int], int], verb: str, offset: int, iovecs: Sequence[Iovec], need: int
+    ) -> None:
+        done, stuck, failures = 0, 0, 0
+        while done < need:
+            try:
+                moved = call(self.fd, _rest(iovecs, done), offset + done)
+            except OSError as error:
+                failures += error.errno not in _AGAIN
+                if error.errno in _AGAIN or (error.errno == errno.EIO and failures < 2):
+                    continue
+                raise self._typed(verb, error, offset + done, need - done) from error
+            if done + moved >= need:
+                break
+            # A short transfer goes on from an aligned place, so its last partial block is moved again.
+            stuck = stuck + 1 if moved < BLOCK else 0
+            if moved == 0 or stuck > 2:
+                raise self._ended(verb, offset, done + moved, need)
+            done += moved // BLOCK * BLOCK
+        if not self.direct:
+            self._syscalls.drop_cache(self.fd, offset, need)
+
+    def _ended(self, verb: str, offset: int, done: int, need: int) -> CorruptRecord | TransferFailed:
+        text = f"{verb} of {need} bytes at {offset} of {self.name} ended after {done}"
+        return CorruptRecord(f"{text}: the file is shorter than its index says") if verb == "read" else TransferFailed(text)
+
+    def _typed(self, verb: str, error: OSError, offset: int, nbytes: int) -> TierFull | TransferFailed:
+        text = f"{verb} of {nbytes} bytes at {offset} of {self.name}: {error.strerror}"
+        code = error.errno or errno.EIO
+        return TierFull(text, errno=code) if code in _FULL else TransferFailed(text, errno=code)
+
+
+def _rest(iovecs: Sequence[Iovec], done: int) -> Sequence[Iovec]:
+    if done == 0:
+        return iovecs
+    rest: list[Iovec] = []
+    for address, nbytes in iovecs:
+        skip = min(done, nbytes)
+        done -= skip
+        if nbytes > skip:
+            rest.append((address + skip, nbytes - skip))
+    return rest
+
+
+def can_go_direct(fd: int, *, syscalls: Syscalls | None = None) -> bool:
+    """Whether O_DIRECT with 4096-byte alignment really works on a descriptor opened with it.
+
+    Some file systems accept the flag and refuse the first transfer, or ask for more alignment: `statx` says so on
+    Linux 6.1 and newer; a trial read settles the rest.
+    """
+    wanted = _direct_alignment(fd)
+    if wanted is not None and not 0 < wanted <= BLOCK:
+        return False
+    buffer = ctypes.create_string_buffer(2 * BLOCK)
+    address = ctypes.addressof(buffer)
+    try:
+        (syscalls or Syscalls()).preadv(fd, [(address + -address % BLOCK, BLOCK)], 0)
+    except OSError:
+        return False
+    return True
+
+
+class _Statx(ctypes.Structure):
+    _fields_ = (
+        ("mask", ctypes.c_uint32),
+        ("before", ctypes.c_uint8 * 148),
+        ("dio_mem_align", ctypes.c_uint32),
+        ("dio_offset_align", ctypes.c_uint32),
+        ("after", ctypes.c_uint8 * 96),
+    )
+
+
+def _direct_alignment(fd: int) -> int | None:
+    """What `statx` says O_DIRECT asks for in bytes: 0 where it is not supported, None where the kernel cannot say."""
+    at_empty_path, dioalign = 0x1000, 0x2000
+    answer = _Statx()
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "statx") or libc.statx(fd, b"", at_empty_path, dioalign, ctypes.byref(answer)):
+        return None
+    if not answer.mask & dioalign:
+        return None
+    return max(answer.dio_mem_align, answer.dio_offset_align) if answer.dio_mem_align else 0
+
+
+def open_file(
+    path: str, flags: int, *, name: str, dir_fd: int | None = None, mode: int = 0o600, syscalls: Syscalls | None = None
+) -> DiskFile:
+    """Open an existing file, or an O_TMPFILE, with O_DIRECT where it works, else buffered with a line in the log.
+
+    Raises:
+        OSError: the file cannot be opened at all.
+    """
+    flags |= os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        fd = os.open(path, flags | os.O_DIRECT, mode, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    else:
+        if can_go_direct(fd, syscalls=syscalls):
+            return DiskFile(fd, name, direct=True, syscalls=syscalls)
+        os.close(fd)
+    fd = os.open(path, flags, mode, dir_fd=dir_fd)
+    _log.warning("%s: this file system refuses O_DIRECT; buffered I/O is used, which costs more CPU", name)
+    return DiskFile(fd, name, direct=False, syscalls=syscalls)

@@ -1,0 +1,224 @@
+"""The RAM arena: one anonymous mapping that hands out page-aligned leases.
+
+It knows addresses and budgets, not what the bytes mean. The mapping asks for huge pages, is not inherited by forked
+children and, where CUDA is present and asked for, is registered with it once. Invariants: the bytes of a lease return
+when the last view of it dies, never earlier; committed bytes (those that occupy RAM) are always reserved in the budget.
+
+Why not `torch.empty`: its storages start 64 bytes into a page, which O_DIRECT refuses, and reading into huge pages
+costs a quarter of the CPU of 4 KiB pages (`lab/LOG.md`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+import weakref
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+
+import numpy as np
+import torch
+
+from undercroft.errors import BudgetExceeded, SpillMisuse
+from undercroft.store.budget import Budget, Reservation, Tier
+from undercroft.store.ranges import BLOCK, FreeRanges, round_up
+
+HUGE_PAGE = 2 * 1024**2
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the standard library's mmap
+_MAP_NORESERVE = 0x4000
+
+
+class _Anchor(np.ndarray):
+    """The bytes of one lease as an array: whatever keeps it alive keeps the lease; a plain array takes no weakref."""
+
+
+class Lease:
+    """A pinned use of slab bytes. They return when this object and every storage made of it are gone.
+
+    Attributes:
+        address: where the bytes start, a multiple of 4096.
+        nbytes: how many there are, a multiple of 4096.
+    """
+
+    __slots__ = ("_anchor", "address", "nbytes")
+
+    def __init__(self, anchor: _Anchor) -> None:
+        self._anchor = anchor
+        self.address = int(anchor.ctypes.data)
+        self.nbytes = anchor.nbytes
+
+    def storage(self, offset: int, nbytes: int) -> torch.UntypedStorage:
+        """A storage of exactly `nbytes` over the lease's bytes from `offset` on; it keeps the lease alive."""
+        whole = torch.frombuffer(self._anchor, dtype=torch.uint8, count=nbytes, offset=offset)
+        return whole.untyped_storage()
+
+
+class Slab:
+    """An arena of `capacity` bytes of address space.
+
+    RAM is committed a page at a time as leases touch it, and stays committed for the next lease until `trim`.
+
+    Args:
+        capacity: bytes of address space, rounded up to a page.
+        budget: where committed bytes are reserved; none means they are not limited.
+        tier: the tier they are reserved in.
+        holder: the name they are reserved under.
+        prefault: commit everything now, so that no later lease can fail for lack of budget or wait for a page.
+        page: bytes committed at once; the size of a huge page unless the budget is small.
+
+    Raises:
+        BudgetExceeded: `prefault` was asked for and the budget does not allow it.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        budget: Budget | None = None,
+        tier: Tier = "host",
+        holder: str = "slab",
+        prefault: bool = False,
+        page: int = HUGE_PAGE,
+    ) -> None:
+        self.capacity = round_up(capacity, page)
+        self._page = page
+        self._budget, self._tier, self._holder = budget or Budget(), tier, holder
+        self._lock = threading.Lock()
+        self._ranges = FreeRanges(self.capacity)
+        self._returned: SimpleQueue[tuple[int, int]] = SimpleQueue()
+        self._pages: dict[int, Reservation] = {}
+        self._map = mmap.mmap(-1, self.capacity + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        self._base = -_address(self._map) % page
+        _advise(self._map)
+        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self._registered = False
+        if prefault:
+            self._prefault()
+
+    @property
+    def committed(self) -> int:
+        """Bytes that occupy RAM."""
+        with self._lock:
+            return len(self._pages) * self._page
+
+    @property
+    def leased(self) -> int:
+        """Bytes in live leases."""
+        with self._lock:
+            self._collect()
+            return self.capacity - self._ranges.free
+
+    def lease(self, nbytes: int) -> Lease | None:
+        """Room for `nbytes` (at least 1), or None where the slab or the budget has none at this moment.
+
+        Raises:
+            SpillMisuse: the slab is closed.
+        """
+        with self._lock:
+            if self._map.closed:
+                raise SpillMisuse("this slab is closed; make a new one")
+            self._collect()
+            offset = self._ranges.take(nbytes)
+            if offset is None:
+                return None
+            length = round_up(nbytes)
+            if not self._commit(offset, length):
+                self._ranges.give(offset, length)
+                return None
+            return self._hand_out(offset, length)
+
+    def trim(self) -> int:
+        """Give committed pages that no lease touches back to the system; returns their bytes."""
+        if self._registered:
+            return 0
+        with self._lock:
+            self._collect()
+            idle = [page for first, end in self._free_pages() for page in range(first, end) if page in self._pages]
+            for page in idle:
+                self._map.madvise(mmap.MADV_DONTNEED, self._base + page * self._page, self._page)
+                self._pages.pop(page).release()
+        return len(idle) * self._page
+
+    def register_cuda(self) -> None:
+        """Pin the whole slab for CUDA, once: `pin_memory()` would round every buffer up to a power of two.
+
+        Raises:
+            BudgetExceeded: not everything is committed yet and the budget does not allow it.
+            RuntimeError: CUDA refused.
+        """
+        if self._registered:
+            return
+        self._prefault()
+        runtime = torch.cuda.cudart()
+        torch.cuda.check_error(runtime.cudaHostRegister(_address(self._map) + self._base, self.capacity, 0))
+        self._registered = True
+
+    def close(self) -> None:
+        """Return the memory. Leases still alive keep theirs, and only theirs stays reserved, until they die."""
+        self.trim()
+        if self._registered:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(_address(self._map) + self._base))
+            self._registered = False
+            self.trim()
+        self._bytes = np.empty(0, dtype=np.uint8)
+        with suppress(BufferError):  # a live lease holds the mapping; the last one to die unmaps it
+            self._map.close()
+
+    def _hand_out(self, offset: int, length: int) -> Lease:
+        start = self._base + offset
+        anchor = self._bytes[start : start + length].view(_Anchor)
+        weakref.finalize(anchor, self._returned.put, (offset, length)).atexit = False
+        return Lease(anchor)
+
+    def _collect(self) -> None:
+        """Take back what died. Finalizers may run inside any call of ours, so they only fill a re-entrant queue."""
+        while True:
+            try:
+                self._ranges.give(*self._returned.get_nowait())
+            except Empty:
+                return
+
+    def _commit(self, offset: int, length: int) -> bool:
+        first, end = offset // self._page, -(-(offset + length) // self._page)
+        fresh = [page for page in range(first, end) if page not in self._pages]
+        taken: dict[int, Reservation] = {}
+        for page in fresh:
+            reservation = self._budget.try_reserve(self._tier, self._page, self._holder)
+            if reservation is None:
+                for earlier in taken.values():
+                    earlier.release()
+                return False
+            taken[page] = reservation
+        self._pages.update(taken)
+        return True
+
+    def _free_pages(self) -> list[tuple[int, int]]:
+        ranges = self._ranges.free_ranges()
+        return [(-(-start // self._page), (start + length) // self._page) for start, length in ranges]
+
+    def _prefault(self) -> None:
+        with self._lock:
+            if not self._commit(0, self.capacity):
+                held = self._budget.holders(self._tier)
+                raise BudgetExceeded(self.capacity, self._budget.limit(self._tier) or 0, held, tier=self._tier)
+            for start in range(0, self.capacity, 64 * HUGE_PAGE):
+                _populate(self._map, self._base + start, min(64 * HUGE_PAGE, self.capacity - start))
+
+
+def _address(mapping: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+
+
+def _advise(mapping: mmap.mmap) -> None:
+    mapping.madvise(mmap.MADV_DONTFORK)
+    with suppress(OSError):  # a kernel built without huge pages
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+
+
+def _populate(mapping: mmap.mmap, start: int, length: int) -> None:
+    try:
+        mapping.madvise(_MADV_POPULATE_WRITE, start, length)
+    except OSError:  # a kernel before 5.14
+        for offset in range(start, start + length, BLOCK):
+            mapping[offset] = 0

@@ -1,0 +1,317 @@
+"""Which saved storages are in memory: admits them, writes them out, brings them back, under a budget.
+
+It knows entries, the scratch and the budget; not autograd, and not why one entry is wanted before another: that is
+what `next_use` answers. Invariants: bytes held never exceed the budget; an entry without a copy on disk is held until
+nobody can ask for it; nothing is read that is alive in memory.
+
+Locking: every state of an entry changes under `lock`. Workers take it when a transfer ends, so nobody waits for a
+transfer, or submits one (which may wait for room in the queue), while holding it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+
+from undercroft.errors import BudgetExceeded, UndercroftError
+from undercroft.events import Recorder
+from undercroft.store.budget import Budget
+from undercroft.store.scratch import Extent, Scratch
+from undercroft.store.slab import Lease, Slab
+from undercroft.store.transfer import Cancelled, Priority, Transfer, TransferQueue
+from undercroft.training.entry import Entry
+from undercroft.training.identity import StorageRef
+
+NextUse = Callable[[Entry], float]
+"""When an entry will be wanted next, on any scale: smaller is sooner, infinity is never."""
+
+
+class Residency:
+    """The entries in memory and on disk.
+
+    Args:
+        budget: bytes on the host that held storages and read buffers may take together.
+        slab: where reads arrive; its bytes count in the same budget.
+        scratch: where writes go.
+        queue: what carries both out.
+        next_use: the order in which entries are wanted.
+        recorder: counts forwarded_bytes, spilled_bytes and read_bytes.
+    """
+
+    def __init__(
+        self,
+        *,
+        budget: Budget,
+        slab: Slab,
+        scratch: Scratch,
+        queue: TransferQueue,
+        next_use: NextUse,
+        recorder: Recorder,
+    ) -> None:
+        self.lock = threading.Lock()
+        self.stall_seconds = 0.0
+        self._budget, self._slab, self._scratch, self._queue = budget, slab, scratch, queue
+        self._next_use, self._recorder = next_use, recorder
+        self._entries: dict[Entry, None] = {}
+        self._by_key: dict[int, Entry] = {}
+        self._trouble: BaseException | None = None
+        self._told = False
+
+    # -- what the hooks ask -------------------------------------------------------------------------------------
+
+    def find(self, key: int) -> Entry | None:
+        """The entry whose saved storage, or copy in memory, has this key. The caller has the lock."""
+        return self._by_key.get(key)
+
+    def add(self, entry: Entry) -> None:
+        """Take up a new entry that is about to be admitted. The caller has the lock."""
+        self._entries[entry] = None
+        self._by_key[entry.ref.key] = entry
+
+    def admit(self, entry: Entry, storage: torch.UntypedStorage) -> None:
+        """Hold a storage that was just saved, making room first.
+
+        Raises:
+            BudgetExceeded: no room can be made.
+        """
+        while (reservation := self._budget.try_reserve("host", entry.nbytes, "activations")) is None:
+            self._make_room(entry)
+        with self.lock:
+            entry.held, entry.reservation = storage, reservation
+
+    def write(self, entry: Entry) -> None:
+        """Begin to write an entry out; its bytes are let go when that is done. Nothing if it cannot be written."""
+        with self.lock:
+            transfer = self._begin_write(entry)
+        if transfer is not None:
+            self._queue.submit(transfer, Priority.WRITE)
+
+    def write_all_but(self, keep_nbytes: int) -> bool:
+        """Begin to write what is wanted last, until at most `keep_nbytes` are neither written nor on their way.
+
+        Returns:
+            Whether anything was begun.
+        """
+        with self.lock:
+            dirty = [entry for entry in self._entries if self._can_write(entry)]
+            excess = sum(entry.nbytes for entry in dirty) - keep_nbytes
+            transfers: list[Transfer] = []
+            for entry in sorted(dirty, key=self._next_use, reverse=True) if excess > 0 else ():
+                if excess > 0 and (transfer := self._begin_write(entry)) is not None:
+                    transfers.append(transfer)
+                    excess -= entry.nbytes
+        for transfer in transfers:
+            self._queue.submit(transfer, Priority.WRITE)
+        return bool(transfers)
+
+    def materialise(self, entry: Entry) -> torch.UntypedStorage:
+        """The bytes of an entry in memory: forwarded if they are alive anywhere, else read.
+
+        Raises:
+            CorruptRecord, TransferFailed: they could not be read.
+            BudgetExceeded: no room can be made for them.
+        """
+        while True:
+            with self.lock:
+                storage = entry.alive()
+                if storage is not None and entry.writing is not None:
+                    self._queue.cancel(entry.writing)
+                begun = self._begin_read(entry) if storage is None and entry.reading is None else None
+                reading = entry.reading
+            if storage is not None:
+                return storage
+            if begun is not None:
+                self._queue.submit(begun, Priority.DEMAND)
+            if reading is None:
+                self._make_room(entry)
+            else:
+                self._queue.promote(reading, Priority.DEMAND)
+                self._wait(reading)
+                if reading.error is not None and not isinstance(reading.error, Cancelled):
+                    raise reading.error
+
+    def prefetch(self, wanted: Iterable[Entry]) -> None:
+        """Begin to read entries, in order, until there is no room for the next."""
+        for entry in wanted:
+            with self.lock:
+                if entry.extent is None or entry.reading is not None or entry.alive() is not None:
+                    continue
+                transfer = self._begin_read(entry)
+            if transfer is None:
+                return
+            self._queue.submit(transfer, Priority.PREFETCH)
+
+    def let_go(self, entry: Entry) -> None:
+        """Stop holding an entry that is on disk; whoever uses its bytes keeps them alive. The caller has the lock."""
+        if entry.extent is not None:
+            entry.held = None
+
+    def retire(self, entry: Entry) -> None:
+        """Forget an entry that nobody can ask for; a move of it is cancelled. The caller has the lock."""
+        self._entries.pop(entry, None)
+        for ref in (entry.ref, entry.copy):
+            if ref is not None and self._by_key.get(ref.key) is entry:
+                del self._by_key[ref.key]
+        entry.held = entry.lease = None
+        for transfer in (entry.writing, entry.reading):
+            if transfer is not None:
+                self._queue.cancel(transfer)
+        self._discard(entry)
+
+    def tell(self) -> None:
+        """Warn once, on the caller's thread, that the disk takes no more."""
+        if self._trouble is not None and not self._told:
+            self._told = True
+            text = f"spilling stopped: {self._trouble}. Activations stay in memory as far as the budget allows."
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def _can_write(self, entry: Entry) -> bool:
+        dirty = entry.held is not None and entry.extent is None and entry.writing is None
+        return dirty and entry.can_spill and self._scratch.writable
+
+    def _begin_write(self, entry: Entry) -> Transfer | None:
+        if entry.held is None or not self._can_write(entry):
+            return None
+        try:
+            extent, transfer = self._scratch.spill(
+                entry.held.data_ptr(),
+                entry.nbytes,
+                keep=entry.held,
+                before=lambda: _check_size(entry),
+                on_done=lambda ended: self._written(entry, extent, ended),
+            )
+        except OSError as error:
+            self._trouble = error
+            return None
+        entry.writing = transfer
+        return transfer
+
+    def _written(self, entry: Entry, extent: Extent, transfer: Transfer) -> None:
+        with self.lock:
+            entry.writing = None
+            resized = entry.held is not None and entry.held.nbytes() != entry.nbytes
+            if transfer.error is None:
+                entry.extent = extent
+            if resized:  # it stays by reference: its owner, such as FSDP, takes and returns its bytes
+                entry.can_spill = False
+                self._drop_extent(entry)
+                self._release(entry)
+            elif transfer.error is None:
+                self._recorder.count("spilled_bytes", entry.nbytes)
+                entry.held = None
+                self._release(entry)
+            elif not isinstance(transfer.error, Cancelled):
+                self._trouble = transfer.error
+            self._discard(entry)
+
+    def _discard(self, entry: Entry) -> None:
+        """Return what a forgotten entry holds, as soon as no transfer needs it."""
+        if entry in self._entries:
+            return
+        if entry.writing is None:
+            self._release(entry)
+            if entry.reading is None:
+                self._drop_extent(entry)
+
+    def _release(self, entry: Entry) -> None:
+        if entry.reservation is not None:
+            entry.reservation.release()
+            entry.reservation = None
+
+    def _drop_extent(self, entry: Entry) -> None:
+        if entry.extent is not None:
+            self._scratch.drop(entry.extent)
+            entry.extent = None
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def _begin_read(self, entry: Entry) -> Transfer | None:
+        assert entry.extent is not None, "a storage that is not on disk must be alive"
+        fetched = self._fetch(entry, entry.extent)
+        if fetched is None and self._slab.trim():  # room may be there, but scattered over idle pages
+            fetched = self._fetch(entry, entry.extent)
+        if fetched is None:
+            return None
+        entry.lease, entry.reading = fetched
+        return entry.reading
+
+    def _fetch(self, entry: Entry, extent: Extent) -> tuple[Lease, Transfer] | None:
+        return self._scratch.fetch(extent, on_done=lambda ended: self._read(entry, ended))
+
+    def _read(self, entry: Entry, transfer: Transfer) -> None:
+        with self.lock:
+            lease, extent = entry.lease, entry.extent
+            entry.reading = entry.lease = None
+            if transfer.error is None and lease is not None and extent is not None:
+                self._recorder.count("read_bytes", entry.nbytes)
+                if entry.copy is not None and self._by_key.get(entry.copy.key) is entry:
+                    del self._by_key[entry.copy.key]
+                entry.held = lease.storage(extent.head, extent.nbytes)
+                entry.copy = StorageRef(entry.held)
+                self._by_key[entry.copy.key] = entry
+            self._discard(entry)
+
+    def _wait(self, transfer: Transfer) -> None:
+        start = time.perf_counter()
+        transfer.settle()
+        self.stall_seconds += time.perf_counter() - start
+
+    # -- making room --------------------------------------------------------------------------------------------
+
+    def _make_room(self, wanted: Entry) -> None:
+        """Take one step towards room for an entry: the cheapest that can help. The caller tries again after each.
+
+        Raises:
+            BudgetExceeded: nothing is left to do.
+        """
+        if self._slab.trim() or self._drop_clean(wanted) or self._abandon_read(wanted):
+            return
+        with self.lock:
+            under_way = [entry.writing for entry in self._entries if entry.writing is not None]
+        if under_way:
+            self._wait(under_way[0])
+        elif not self._write_latest(wanted):
+            raise BudgetExceeded(wanted.nbytes, self._budget.limit("host") or 0, self._budget.holders("host"))
+
+    def _drop_clean(self, wanted: Entry) -> bool:
+        with self.lock:
+            clean = [e for e in self._entries if e.held is not None and e.extent is not None and e is not wanted]
+            latest = max(clean, key=self._next_use, default=None)
+            if latest is not None:
+                latest.held = None
+        return latest is not None
+
+    def _abandon_read(self, wanted: Entry) -> bool:
+        with self.lock:
+            reading = [e for e in self._entries if e.reading is not None and e is not wanted]
+            latest = max(reading, key=self._next_use, default=None)
+            transfer = latest.reading if latest is not None else None
+        if transfer is None:
+            return False
+        self._queue.cancel(transfer)
+        self._wait(transfer)
+        return True
+
+    def _write_latest(self, wanted: Entry) -> bool:
+        with self.lock:
+            dirty = [entry for entry in self._entries if self._can_write(entry) and entry is not wanted]
+            latest = max(dirty, key=self._next_use, default=None)
+            transfer = self._begin_write(latest) if latest is not None else None
+        if transfer is not None:
+            self._queue.submit(transfer, Priority.WRITE)
+        return transfer is not None
+
+
+class _Resized(UndercroftError):
+    """The owner of a storage took its bytes away before they were written."""
+
+
+def _check_size(entry: Entry) -> None:
+    if entry.held is not None and entry.held.nbytes() != entry.nbytes:
+        raise _Resized("the storage was resized")

@@ -1,0 +1,82 @@
+"""The command line as users meet it: a process, its two streams and its exit code."""
+
+import importlib.metadata
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+UNDERCROFT = Path(sys.executable).with_name("undercroft")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([UNDERCROFT, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_help_names_the_verbs() -> None:
+    finished = run("--help")
+    assert finished.returncode == 0
+    assert "doctor" in finished.stdout
+    assert finished.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"]], ids=" ".join)
+def test_help_imports_nothing_that_takes_long(arguments: list[str]) -> None:
+    script = (
+        "import sys; from undercroft.cli import main; sys.argv[1:] = sys.argv[1:]\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'rich'} & set(sys.modules)\n"
+        "sys.exit(' '.join(sorted(heavy)) or 0)"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, f"imported: {finished.stderr}"
+    assert "Usage" in finished.stdout
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert run("--version").stdout == importlib.metadata.version("undercroft") + "\n"
+
+
+def test_it_runs_as_a_module() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "undercroft", "--version"], capture_output=True, text=True, check=True
+    )
+    assert finished.stdout == run("--version").stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["docter"], ["doctor", "--jsn"], ["doctor", "here"]], ids=" ".join)
+def test_wrong_usage_is_2(arguments: list[str]) -> None:
+    finished = run(*arguments)
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert "Usage" in finished.stderr
+
+
+def test_a_typed_error_is_1_and_one_line_on_stderr(tmp_path: Path) -> None:
+    finished = run("doctor", "--disk", str(tmp_path / "missing"))
+    assert finished.returncode == 1
+    assert finished.stdout == ""
+    assert finished.stderr.splitlines()[-1] == (
+        f"undercroft: cannot look at {tmp_path / 'missing'}: No such file or directory"
+    )
+
+
+def test_an_interrupt_is_130_and_one_line(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [UNDERCROFT, "doctor", "--remeasure", "--disk", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    first = process.stderr.readline()  # progress comes before the measurement begins
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert first.startswith("looking at")
+    assert (process.returncode, out, err) == (130, "", "undercroft: interrupted\n")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,103 @@
+"""What tests share: marks that say why they skip, a home of their own, mounts, proof that nothing is left."""
+
+import gc
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+Mount = Callable[..., Path]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run tests marked slow")
+    parser.addoption("--network", action="store_true", help="run tests marked network")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--network"):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark, (can_run, reason) in _CONDITIONS.items():
+            if item.get_closest_marker(mark) and not can_run(config):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@cache
+def _has_gpu(_: pytest.Config) -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@cache
+def _can_mount(_: pytest.Config) -> bool:
+    tool = shutil.which("unshare")
+    return (
+        os.geteuid() == 0 and tool is not None and subprocess.run([tool, "--mount", "true"]).returncode == 0
+    )
+
+
+_CONDITIONS: dict[str, tuple[Callable[[pytest.Config], bool], str]] = {
+    "gpu": (_has_gpu, "needs a CUDA device"),
+    "network": (lambda config: bool(config.getoption("--network")), "needs the network: --network"),
+    "slow": (lambda config: bool(config.getoption("--slow")), "slow: --slow"),
+    "root": (_can_mount, "needs root and the right to mount"),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undercroft_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Undercroft's directory for this run; the user's own is never touched."""
+    home = tmp_path_factory.mktemp("home")
+    os.environ["UNDERCROFT_HOME"] = str(home)
+    return home
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Fails the test that leaves a thread or an open file behind."""
+    threads, files = set(threading.enumerate()), _open_files()
+    yield
+    gc.collect()
+    left = [thread.name for thread in threading.enumerate() if thread not in threads]
+    assert not left, f"threads left: {left}"
+    opened = {fd: target for fd, target in _open_files().items() if files.get(fd) != target}
+    assert not opened, f"files left open: {opened}"
+
+
+def _open_files() -> dict[str, str]:
+    """Open descriptors and what they refer to."""
+    files: dict[str, str] = {}
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            files[link.name] = os.readlink(link)
+        except FileNotFoundError:  # the listing's own descriptor
+            continue
+    return files
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Mount]:
+    """``mount("tmpfs", "size=8m")`` is a fresh file system; mark the test ``root``."""
+    points: list[Path] = []
+
+    def mount_one(kind: str, options: str = "", source: str | Path = "none") -> Path:
+        point = tmp_path / f"mount{len(points)}"
+        point.mkdir()
+        arguments = ["-o", options] if options else []
+        subprocess.run(["mount", "-t", kind, *arguments, str(source), str(point)], check=True)
+        points.append(point)
+        return point
+
+    yield mount_one
+    for point in reversed(points):
+        subprocess.run(["umount", "--lazy", str(point)], check=True)
