@@ -71,7 +71,8 @@ def torch_memory(nbytes: int, seed: int | None) -> torch.Tensor:
     tensor = torch.empty(nbytes, dtype=torch.uint8)
     if seed is None:
         start = ctypes.c_void_p(tensor.data_ptr() & -PAGE)
-        assert LIBC.madvise(start, ctypes.c_size_t(nbytes), mmap.MADV_HUGEPAGE) == 0
+        if LIBC.madvise(start, ctypes.c_size_t(nbytes), mmap.MADV_HUGEPAGE):
+            raise OSError(ctypes.get_errno(), "no huge pages for torch memory")
     pages = (
         np.arange(nbytes // PAGE) if seed is None else np.random.default_rng(seed).permutation(nbytes // PAGE)
     )
@@ -92,7 +93,8 @@ class Bench:
         self.fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT, 0o600)
         os.posix_fallocate(self.fd, 0, self.nbytes)
         for offset in range(0, self.nbytes, LARGEST):
-            assert os.pwrite(self.fd, view(self.slab_start, LARGEST), offset) == LARGEST
+            if os.pwrite(self.fd, view(self.slab_start, LARGEST), offset) != LARGEST:
+                raise OSError("short write while the file was filled")
 
     def sources(self, cell: Cell, record: int) -> list[int]:
         """Addresses of records in torch memory, 64-byte-aligned at random; together past the caches."""

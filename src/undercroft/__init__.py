@@ -23,6 +23,8 @@ from undercroft.errors import (
 
 if TYPE_CHECKING:
     from undercroft.store.budget import Budget
+    from undercroft.training.finetune import finetune
+    from undercroft.training.settings import FinetuneSettings
     from undercroft.training.spill import ActivationSpill
     from undercroft.training.trainer import SpillCallback
 
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "ActivationSpill": "undercroft.training.spill",
     "Budget": "undercroft.store.budget",
+    "FinetuneSettings": "undercroft.training.settings",
     "SpillCallback": "undercroft.training.trainer",
+    "finetune": "undercroft.training.finetune",
 }
 
 __all__ = [
@@ -39,6 +43,7 @@ __all__ = [
     "Budget",
     "BudgetExceeded",
     "CorruptRecord",
+    "FinetuneSettings",
     "InvalidInput",
     "MissingExtra",
     "SpillCallback",
@@ -50,6 +55,7 @@ __all__ = [
     "UnsupportedModel",
     "WrongVersion",
     "__version__",
+    "finetune",
 ]
 
 

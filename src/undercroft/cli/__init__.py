@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
+from undercroft.cli.demo import demo
 from undercroft.cli.doctor import doctor
+from undercroft.cli.train import train
 from undercroft.errors import UndercroftError
 
 app = typer.Typer(
@@ -21,7 +23,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command()(doctor)
+for verb in (demo, doctor, train):
+    app.command()(verb)
 
 
 def _print_version(wanted: bool) -> None:

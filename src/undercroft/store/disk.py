@@ -1,9 +1,9 @@
 """One open file of tensor bytes: positioned reads and writes that are whole or raise a typed error.
 
-It knows a descriptor, alignment and errno values; not what the bytes mean, nor queues or budgets. Invariant: a call
-either moved every byte asked for or raised; a short read or write is never taken for a whole one.
+It knows a descriptor, alignment and errno values; not what the bytes mean, nor queues or budgets. Invariant:
+a call either moved every byte asked for or raised; a short read or write is never taken for a whole one.
 
-`Syscalls` is the seam at which the honest doubles of `undercroft.testing` (slow, full and flaky disks) take part.
+`Syscalls` is the seam at which the honest doubles of `undercroft.testing` (slow, full and flaky disks) stand.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from undercroft.store.ranges import BLOCK
 
 Iovec = tuple[int, int]
 """(address, nbytes) of memory."""
+_Call = Callable[[int, Sequence[Iovec], int], int]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _AGAIN = {errno.EINTR, errno.EAGAIN}
+_REFUSED = {errno.EINVAL, errno.EOPNOTSUPP}
+_MOST_IOVECS = 1024  # the system takes no more at once
 _log = logging.getLogger(__name__)
 
 
@@ -38,33 +41,39 @@ class Syscalls:
         for call in (self._preadv, self._pwritev):
             call.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
             call.restype = ctypes.c_ssize_t
+        self._fallocate = libc.fallocate64
+        self._fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
         self._sync_range = libc.sync_file_range
         self._sync_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
     def preadv(self, fd: int, iovecs: Sequence[Iovec], offset: int) -> int:
-        """Bytes read at `offset` into the memory of `iovecs`, in order; may be fewer than asked. Raises OSError."""
+        """Bytes read at `offset` into the memory of `iovecs`; may be fewer than asked. Raises OSError."""
         return self._call(self._preadv, fd, iovecs, offset)
 
     def pwritev(self, fd: int, iovecs: Sequence[Iovec], offset: int) -> int:
-        """Bytes written at `offset` from the memory of `iovecs`, in order; may be fewer than asked. Raises OSError."""
+        """Bytes written at `offset` from the memory of `iovecs`; may be fewer than asked. Raises OSError."""
         return self._call(self._pwritev, fd, iovecs, offset)
 
     def fallocate(self, fd: int, offset: int, nbytes: int) -> None:
-        """Reserve disk blocks. Raises OSError."""
-        os.posix_fallocate(fd, offset, nbytes)
+        """Reserve disk blocks. Raises OSError, also where posix_fallocate would write into every block."""
+        _check(self._fallocate(fd, 0, offset, nbytes))
 
     def drop_cache(self, fd: int, offset: int, nbytes: int) -> None:
-        """Write dirty pages of a range back and drop them from the page cache."""
-        self._sync_range(fd, offset, nbytes, 7)  # wait before, write, wait after
+        """Write dirty pages back and drop them from the page cache. Raises OSError: bytes were lost."""
+        _check(self._sync_range(fd, offset, nbytes, 7))  # wait before, write, wait after
         os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def _call(self, function: Callable[..., int], fd: int, iovecs: Sequence[Iovec], offset: int) -> int:
-        vector = (_CIovec * len(iovecs))(*iovecs)
-        moved = function(fd, ctypes.byref(vector), len(iovecs), offset)
-        if moved < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        return moved
+        count = min(len(iovecs), _MOST_IOVECS)
+        vector = (_CIovec * count)(*iovecs[:count])
+        return _check(function(fd, ctypes.byref(vector), count, offset))
+
+
+def _check(answer: int) -> int:
+    if answer < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return answer
 
 
 class DiskFile:
@@ -73,8 +82,8 @@ class DiskFile:
     Args:
         fd: an open descriptor; closed by `close`.
         name: what errors call it.
-        direct: the descriptor was opened with O_DIRECT: addresses, offsets and lengths must be multiples of 4096.
-            Otherwise each range is dropped from the page cache after it was moved.
+        direct: the descriptor was opened with O_DIRECT: addresses, offsets and lengths must be multiples of
+            4096. Otherwise each range is dropped from the page cache after it was moved.
         syscalls: the seam.
     """
 
@@ -83,6 +92,7 @@ class DiskFile:
         self.name = name
         self.direct = direct
         self._syscalls = syscalls or Syscalls()
+        self._lost: OSError | None = None
 
     def read(self, offset: int, iovecs: Sequence[Iovec], need: int | None = None) -> None:
         """Fill the memory of `iovecs` from `offset` on.
@@ -115,11 +125,14 @@ class DiskFile:
             TierFull: no room.
             TransferFailed: the system refused.
         """
-        try:
-            self._syscalls.fallocate(self.fd, offset, nbytes)
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise self._typed("reserve", error, offset, nbytes) from error
+        while True:
+            try:
+                return self._syscalls.fallocate(self.fd, offset, nbytes)
+            except OSError as error:
+                if error.errno == errno.EOPNOTSUPP:
+                    return None
+                if error.errno not in _AGAIN:
+                    raise self._typed("reserve", error, offset, nbytes) from error
 
     def truncate(self, nbytes: int) -> None:
         """Cut the file to `nbytes`."""
@@ -131,10 +144,8 @@ class DiskFile:
         if fd >= 0:
             os.close(fd)
 
-    def _move(
-        self, call: Callable[[int, Sequence[Iovec], int], int], verb: str, offset: int, iovecs: Sequence[Iovec], need: int
-    ) -> None:
-        done, stuck, failures = 0, 0, 0
+    def _move(self, call: _Call, verb: str, offset: int, iovecs: Sequence[Iovec], need: int) -> None:
+        done = stuck = failures = 0
         while done < need:
             try:
                 moved = call(self.fd, _rest(iovecs, done), offset + done)
@@ -151,11 +162,23 @@ class DiskFile:
                 raise self._ended(verb, offset, done + moved, need)
             done += moved // BLOCK * BLOCK
         if not self.direct:
-            self._syscalls.drop_cache(self.fd, offset, need)
+            self._drop_cache(verb, offset, need)
 
-    def _ended(self, verb: str, offset: int, done: int, need: int) -> CorruptRecord | TransferFailed:
+    def _drop_cache(self, verb: str, offset: int, nbytes: int) -> None:
+        # What the page cache could not write back is gone, and the system tells so once, to whichever call
+        # asks first. So a loss is remembered, and nothing read after it is believed.
+        try:
+            self._syscalls.drop_cache(self.fd, offset, nbytes)
+        except OSError as error:
+            self._lost = self._lost or error
+        if self._lost is not None:
+            raise self._typed(verb, self._lost, offset, nbytes) from self._lost
+
+    def _ended(self, verb: str, offset: int, done: int, need: int) -> CorruptRecord | TierFull:
         text = f"{verb} of {need} bytes at {offset} of {self.name} ended after {done}"
-        return CorruptRecord(f"{text}: the file is shorter than its index says") if verb == "read" else TransferFailed(text)
+        if verb == "read":
+            return CorruptRecord(f"{text}: the file is shorter than its index says")
+        return TierFull(f"{text}: the disk takes no more")
 
     def _typed(self, verb: str, error: OSError, offset: int, nbytes: int) -> TierFull | TransferFailed:
         text = f"{verb} of {nbytes} bytes at {offset} of {self.name}: {error.strerror}"
@@ -178,8 +201,8 @@ def _rest(iovecs: Sequence[Iovec], done: int) -> Sequence[Iovec]:
 def can_go_direct(fd: int, *, syscalls: Syscalls | None = None) -> bool:
     """Whether O_DIRECT with 4096-byte alignment really works on a descriptor opened with it.
 
-    Some file systems accept the flag and refuse the first transfer, or ask for more alignment: `statx` says so on
-    Linux 6.1 and newer; a trial read settles the rest.
+    Some file systems accept the flag and refuse the first transfer, or ask for more alignment: `statx` says
+    so on Linux 6.1 and newer; a trial read settles the rest.
     """
     wanted = _direct_alignment(fd)
     if wanted is not None and not 0 < wanted <= BLOCK:
@@ -188,8 +211,8 @@ def can_go_direct(fd: int, *, syscalls: Syscalls | None = None) -> bool:
     address = ctypes.addressof(buffer)
     try:
         (syscalls or Syscalls()).preadv(fd, [(address + -address % BLOCK, BLOCK)], 0)
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno not in _REFUSED
     return True
 
 
@@ -204,7 +227,7 @@ class _Statx(ctypes.Structure):
 
 
 def _direct_alignment(fd: int) -> int | None:
-    """What `statx` says O_DIRECT asks for in bytes: 0 where it is not supported, None where the kernel cannot say."""
+    """Bytes of alignment that `statx` says O_DIRECT asks for: 0 for no O_DIRECT, None where it cannot say."""
     at_empty_path, dioalign = 0x1000, 0x2000
     answer = _Statx()
     libc = ctypes.CDLL(None)
@@ -216,9 +239,15 @@ def _direct_alignment(fd: int) -> int | None:
 
 
 def open_file(
-    path: str, flags: int, *, name: str, dir_fd: int | None = None, mode: int = 0o600, syscalls: Syscalls | None = None
+    path: str,
+    flags: int,
+    *,
+    name: str,
+    dir_fd: int | None = None,
+    mode: int = 0o600,
+    syscalls: Syscalls | None = None,
 ) -> DiskFile:
-    """Open an existing file, or an O_TMPFILE, with O_DIRECT where it works, else buffered with a line in the log.
+    """Open an existing file, or an O_TMPFILE, with O_DIRECT where it works, else buffered with a log line.
 
     Raises:
         OSError: the file cannot be opened at all.

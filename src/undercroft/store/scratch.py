@@ -1,31 +1,38 @@
 """Write-once bytes of a training step: out to disk, back into the slab, gone.
 
-It knows where bytes lie and how to cut a move into chunks; not which bytes deserve it, nor when they move: it makes
-transfers, and a `TransferQueue` carries them out. Invariants: an extent is
-written before it is read and never rewritten; every byte of it returns to the file when it is dropped; once a write
-found the disk full, nothing more is written (`writable` turns False) and the caller keeps its bytes.
+It knows where bytes lie and how to cut a move into chunks; not which bytes deserve it, nor when they move:
+it makes transfers, and a `TransferQueue` carries them out. Invariants: an extent is written before it is
+read and never rewritten; every byte of it returns to the file when it is dropped; once a write failed,
+nothing more is written (`writable` turns False) and the caller keeps its bytes.
 
-Memory of any address can be written by O_DIRECT without a copy: the transfer covers the whole 4096-byte blocks that
-the bytes touch. Those blocks lie in pages that are mapped because our bytes are in them; what else they hold goes to
-the file unread, and an extent remembers how far into its first block its bytes start. A fetched copy starts equally
-far into a block, so it keeps the alignment that the kernels of torch saw.
+Memory of any address can be written by O_DIRECT without a copy: the transfer covers the whole 4096-byte
+blocks that the bytes touch. Those blocks lie in pages that are mapped because our bytes are in them; what
+else they hold goes to the file unread, and an extent remembers how far into its first block its bytes
+start. A fetched copy starts equally far into a block, so it keeps the alignment that the kernels of torch
+saw.
+
+A destructor may drop an extent in the middle of any call of this module on the same thread, so `drop` takes
+no lock: it only puts the extent into a re-entrant queue, from which the next call that looks for room
+collects it.
 """
 
 from __future__ import annotations
 
 import errno
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
-from undercroft.errors import InvalidInput, TierFull
+from undercroft.errors import InvalidInput, SpillMisuse, TierFull, TransferFailed
 from undercroft.store.directory import PrivateDirectory
 from undercroft.store.disk import DiskFile, Syscalls
 from undercroft.store.ranges import BLOCK, FreeRanges, round_up
 from undercroft.store.slab import Lease, Slab
-from undercroft.store.transfer import CHUNK, Chunk, Transfer
+from undercroft.store.transfer import CHUNK, Chunk, Transfer, check_process
 from undercroft.units import MIB, format_size
 
 _GROWTH = 64 * MIB
@@ -56,6 +63,11 @@ class Extent:
     nbytes: int
     checksums: list[int] | None
 
+    @property
+    def window(self) -> int:
+        """Bytes of the whole blocks that ours touch."""
+        return round_up(self.head + self.nbytes)
+
 
 class Scratch:
     """The spill file, or one per disk.
@@ -68,6 +80,14 @@ class Scratch:
         checksums: verify every byte that comes back (xxh3, about 0.12 CPU-s per GB).
         chunk: bytes of one system call.
         syscalls: the seam for doubles.
+
+    Attributes:
+        writable: False once a write failed, the cap was reached, or the scratch was closed.
+        written: bytes written, and bytes of writes under way; what was cancelled in time does not count.
+
+    Raises:
+        UnsafeDirectory: a directory cannot hold private bytes.
+        TierFull: a disk has no room for even an empty file.
     """
 
     def __init__(
@@ -88,6 +108,9 @@ class Scratch:
         self._slab, self._chunk = slab, round_up(chunk)
         self._capacity, self._write_cap, self._checksums = capacity, write_cap, checksums
         self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._dropped: SimpleQueue[Extent] = SimpleQueue()
+        self._closed = False
         self._directories: list[PrivateDirectory] = []
         self._files: list[DiskFile] = []
         self._ranges: list[FreeRanges] = []
@@ -115,6 +138,7 @@ class Scratch:
     def occupied(self) -> int:
         """Bytes of live extents."""
         with self._lock:
+            self._collect()
             return sum(ranges.size - ranges.free for ranges in self._ranges)
 
     @property
@@ -132,18 +156,21 @@ class Scratch:
         before: Callable[[], None] | None = None,
         on_done: Callable[[Transfer], None] | None = None,
     ) -> tuple[Extent, Transfer]:
-        """Allocate an extent and make the transfer that writes `nbytes` (at least 1) of memory at any address to it.
+        """Allocate an extent and make the transfer that writes memory at any address to it.
 
         Args:
             address: where they are.
-            nbytes: how many.
+            nbytes: how many; at least 1.
             keep: an object that owns the memory, held until the transfer has ended.
             before: see `Transfer`.
             on_done: see `Transfer`; a transfer that failed or was cancelled has already dropped its extent.
 
         Raises:
-            TierFull: there is no room, the cap on written bytes is reached, or an earlier write found the disk full.
+            TierFull: there is no room, the cap on written bytes is reached, or an earlier write failed.
+            TransferFailed: the disk refused to make room.
+            SpillMisuse: the scratch is closed, or belongs to the process that this one was forked from.
         """
+        self._check_usable()
         head = address % BLOCK
         window = round_up(head + nbytes)
         extent = Extent(self._allocate(window), head, nbytes, [] if self._checksums else None)
@@ -151,12 +178,12 @@ class Scratch:
 
         def ended(transfer: Transfer) -> None:
             if transfer.error is not None:
-                self.drop(extent)
-                self.writable = self.writable and not _ends_writing(transfer.error)
+                self._give_up(extent, transfer)
             if on_done is not None:
                 on_done(transfer)
 
-        return extent, Transfer("write", chunks, keep=keep, before=before, on_done=ended, checksums=extent.checksums)
+        sums = extent.checksums
+        return extent, Transfer("write", chunks, keep=keep, before=before, on_done=ended, checksums=sums)
 
     def fetch(
         self, extent: Extent, *, on_done: Callable[[Transfer], None] | None = None
@@ -164,22 +191,29 @@ class Scratch:
         """Lease room and make the transfer that reads an extent back; None where the slab has no room now.
 
         The bytes start `extent.head` bytes into the lease.
+
+        Raises:
+            SpillMisuse: as `spill`.
         """
-        lease = self._slab.lease(extent.head + extent.nbytes)
+        self._check_usable()
+        lease = self._slab.lease(extent.window)
         if lease is None:
             return None
         chunks = list(self._chunks(extent, lease.address))
         return lease, Transfer("read", chunks, keep=lease, on_done=on_done, checksums=extent.checksums)
 
     def drop(self, extent: Extent) -> None:
-        """Return an extent's room. The caller sees to it that no transfer of it is under way."""
-        with self._lock:
-            for piece in extent.pieces:
-                self._ranges[piece.file].give(piece.offset, piece.nbytes)
+        """Return an extent's room, once. The caller sees to it that no transfer of it is under way.
+
+        May be called anywhere, also by a destructor.
+        """
+        self._dropped.put(extent)
 
     def trim(self) -> int:
         """Cut the free end off the files; returns the bytes given back to the disks."""
+        self._check_usable()
         with self._lock:
+            self._collect()
             freed = 0
             for file, ranges in zip(self._files, self._ranges, strict=True):
                 if cut := ranges.cut_tail():
@@ -189,29 +223,52 @@ class Scratch:
 
     def close(self) -> None:
         """Close the files, which frees their room, and remove the subdirectories; again is allowed."""
-        self.writable = False
+        self.writable, self._closed = False, True
         for file in self._files:
             file.close()
         for directory in self._directories:
             directory.close()
 
+    def _check_usable(self) -> None:
+        check_process(self._process)
+        if self._closed:
+            raise SpillMisuse("this scratch is closed; make a new one")
+
+    def _give_up(self, extent: Extent, transfer: Transfer) -> None:
+        with self._lock:
+            self.written -= transfer.nbytes - transfer.moved
+        self.drop(extent)
+        if _ends_writing(transfer.error):
+            self.writable = False
+
+    def _collect(self) -> None:
+        while not self._dropped.empty():
+            self._give(self._dropped.get().pieces)
+
+    def _give(self, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            self._ranges[piece.file].give(piece.offset, piece.nbytes)
+
     def _allocate(self, window: int) -> tuple[Piece, ...]:
         with self._lock:
-            if not self.writable:
-                raise TierFull("the spill directory takes no more bytes since a write to it failed")
-            if self._write_cap is not None and self.written + window > self._write_cap:
-                self.writable = False
-                raise TierFull(f"the cap of {format_size(self._write_cap)} on bytes written is reached")
+            self._collect()
+            self._check_writable(window)
             pieces: list[Piece] = []
             try:
                 for nbytes in self._stripes(window):
-                    pieces.append(self._take(next(self._next_file), nbytes))
+                    pieces.append(self._place(nbytes))
             except BaseException:
-                for piece in pieces:
-                    self._ranges[piece.file].give(piece.offset, piece.nbytes)
+                self._give(pieces)
                 raise
             self.written += window
         return tuple(pieces)
+
+    def _check_writable(self, window: int) -> None:
+        if not self.writable:
+            raise TierFull("nothing more is spilled, since a write failed or the cap was reached")
+        if self._write_cap is not None and self.written + window > self._write_cap:
+            self.writable = False
+            raise TierFull(f"the cap of {format_size(self._write_cap)} on bytes written is reached")
 
     def _stripes(self, window: int) -> Iterator[int]:
         files = len(self._files)
@@ -219,28 +276,47 @@ class Scratch:
         for start in range(0, window, share):
             yield min(share, window - start)
 
-    def _take(self, file: int, nbytes: int) -> Piece:
+    def _place(self, nbytes: int) -> Piece:
+        """Room in the file whose turn it is, or in another that has some."""
+        full: TierFull | None = None
+        for file in itertools.islice(self._next_file, len(self._files)):
+            try:
+                return Piece(file, self._take(file, nbytes), nbytes)
+            except TierFull as error:
+                full = error
+        assert full is not None
+        raise full
+
+    def _take(self, file: int, nbytes: int) -> int:
         ranges = self._ranges[file]
         offset = ranges.take(nbytes)
         if offset is None:
             self._grow(file, nbytes)
             offset = ranges.take(nbytes)
             assert offset is not None
-        return Piece(file, offset, nbytes)
+        return offset
 
     def _grow(self, file: int, nbytes: int) -> None:
         ranges = self._ranges[file]
-        occupied = sum(each.size for each in self._ranges)
-        room = None if self._capacity is None else self._capacity - occupied
-        if room is not None and room < nbytes:
-            raise TierFull(f"{format_size(nbytes)} more would exceed the {format_size(self._capacity or 0)} of disk allowed")
-        growth = max(nbytes, _GROWTH) if room is None else max(nbytes, min(_GROWTH, room // BLOCK * BLOCK))
+        growth = max(nbytes, min(_GROWTH, self._growth_allowed(nbytes)))
         try:
             self._files[file].reserve(ranges.size, growth)
         except TierFull:
             growth = nbytes
             self._files[file].reserve(ranges.size, growth)
+        except TransferFailed:
+            self.writable = False
+            raise
         ranges.grow(growth)
+
+    def _growth_allowed(self, nbytes: int) -> int:
+        if self._capacity is None:
+            return _GROWTH
+        room = self._capacity - sum(ranges.size for ranges in self._ranges)
+        if room < nbytes:
+            allowed = format_size(self._capacity)
+            raise TierFull(f"{format_size(nbytes)} more would exceed the {allowed} of disk allowed")
+        return room // BLOCK * BLOCK
 
     def _chunks(self, extent: Extent, address: int) -> Iterator[Chunk]:
         """Chunks of the extent's whole blocks, the first of which lies in memory at `address`."""
@@ -250,10 +326,12 @@ class Scratch:
                 nbytes = min(self._chunk, piece.nbytes - start)
                 first = max(address, ours)
                 payload = (first, min(address + nbytes, end) - first)
-                yield Chunk(self._files[piece.file], piece.offset + start, ((address, nbytes),), nbytes, payload)
+                yield Chunk(
+                    self._files[piece.file], piece.offset + start, ((address, nbytes),), nbytes, payload
+                )
                 address += nbytes
 
 
-def _ends_writing(error: BaseException) -> bool:
+def _ends_writing(error: BaseException | None) -> bool:
     """Whether a failed write says something of the disk; EFAULT only says that the memory was taken away."""
     return isinstance(error, OSError) and error.errno != errno.EFAULT

@@ -14,6 +14,7 @@ import ctypes
 import mmap
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
@@ -53,6 +54,18 @@ class Lease:
         whole = torch.frombuffer(self._anchor, dtype=torch.uint8, count=nbytes, offset=offset)
         return whole.untyped_storage()
 
+    def pin(self, on_unpin: Callable[[], None]) -> Lease:
+        """Another lease of the same bytes.
+
+        Args:
+            on_unpin: called when that lease and every storage made of it are gone, in the middle of any other
+                call of any thread: it may take no lock.
+        """
+        held = np.asarray(memoryview(self._anchor))  # an array of an array would hold the latter's base only
+        anchor = held.view(_Anchor)
+        weakref.finalize(anchor, on_unpin).atexit = False
+        return Lease(anchor)
+
 
 class Slab:
     """An arena of `capacity` bytes of address space.
@@ -88,11 +101,14 @@ class Slab:
         self._ranges = FreeRanges(self.capacity)
         self._returned: SimpleQueue[tuple[int, int]] = SimpleQueue()
         self._pages: dict[int, Reservation] = {}
-        self._map = mmap.mmap(-1, self.capacity + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        self._map = mmap.mmap(
+            -1, self.capacity + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        )
         self._base = -_address(self._map) % page
         _advise(self._map)
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
         self._registered = False
+        self._closed = False
         if prefault:
             self._prefault()
 
@@ -116,7 +132,7 @@ class Slab:
             SpillMisuse: the slab is closed.
         """
         with self._lock:
-            if self._map.closed:
+            if self._closed:
                 raise SpillMisuse("this slab is closed; make a new one")
             self._collect()
             offset = self._ranges.take(nbytes)
@@ -134,7 +150,9 @@ class Slab:
             return 0
         with self._lock:
             self._collect()
-            idle = [page for first, end in self._free_pages() for page in range(first, end) if page in self._pages]
+            idle = [
+                page for first, end in self._free_pages() for page in range(first, end) if page in self._pages
+            ]
             for page in idle:
                 self._map.madvise(mmap.MADV_DONTNEED, self._base + page * self._page, self._page)
                 self._pages.pop(page).release()
@@ -156,6 +174,7 @@ class Slab:
 
     def close(self) -> None:
         """Return the memory. Leases still alive keep theirs, and only theirs stays reserved, until they die."""
+        self._closed = True
         self.trim()
         if self._registered:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(_address(self._map) + self._base))
@@ -201,7 +220,9 @@ class Slab:
         with self._lock:
             if not self._commit(0, self.capacity):
                 held = self._budget.holders(self._tier)
-                raise BudgetExceeded(self.capacity, self._budget.limit(self._tier) or 0, held, tier=self._tier)
+                raise BudgetExceeded(
+                    self.capacity, self._budget.limit(self._tier) or 0, held, tier=self._tier
+                )
             for start in range(0, self.capacity, 64 * HUGE_PAGE):
                 _populate(self._map, self._base + start, min(64 * HUGE_PAGE, self.capacity - start))
 

@@ -1,26 +1,38 @@
 """Moves in flight: one priority queue, a few threads, chunks.
 
-It knows files, addresses and priorities; not tensors, budgets or what is worth moving. A `Transfer` is cut into
-chunks of a few MiB. Workers always take the next chunk of the most urgent class that has room in flight, so a demand
-read waits for at most one chunk per worker, and cancelling takes effect at the next chunk. Invariants: memory named
-in a transfer is kept alive until its last chunk has come back, also after a cancel, because the kernel owns it until
-then; writes never occupy the last worker, so they cannot starve reads; a failure surfaces at `wait`.
+It knows files, addresses and priorities; not tensors, budgets or what is worth moving. A `Transfer` is cut
+into chunks of a few MiB. Workers always take the next chunk of the most urgent class that has room in
+flight, so a demand read waits for at most one chunk per worker, and cancelling takes effect at the next
+chunk. Invariants: memory named in a transfer is kept alive until its last chunk has come back, also after a
+cancel, because the kernel owns it until then; of two workers or more, writes never occupy the last, so they
+cannot starve reads; every transfer that was submitted ends, and what went wrong surfaces at `wait`.
+
+A destructor may cancel, and Python may run one in the middle of any call of this module, on a thread that
+has the queue's lock. So `cancel` takes no lock: it leaves a note for the workers. A queue may itself be
+closed by a finalizer on one of its own threads, which is why the lock is re-entrant.
 """
+
+# pyright: reportPrivateUsage=false
+# (a queue moves its transfers through their states, which are nobody else's business)
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from queue import SimpleQueue
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import xxhash
 
-from undercroft.errors import CorruptRecord, SpillMisuse, TransferFailed, UndercroftError
+from undercroft.errors import CorruptRecord, InvalidInput, SpillMisuse, TransferFailed, UndercroftError
 from undercroft.events import Recorder
 from undercroft.store.disk import DiskFile, Iovec
 from undercroft.units import MIB
@@ -70,11 +82,18 @@ class Transfer:
 
     Args:
         direction: "read" or "write".
-        chunks: what to move, in order.
+        chunks: what to move, in order; at least one.
         keep: an object that owns the memory; held until the last chunk has come back.
-        before: called by a worker before the first chunk, to wait for the memory to be ready.
-        on_done: called once, on a worker, after the end, however it ended; so `cancel` may be called under any lock.
-        checksums: xxh3 of each chunk's payload: compared after a read; filled in by a write when an empty list is given.
+        before: called by a worker before each chunk, to wait until the memory is ready or to see that it is
+            still there.
+        on_done: called once after the end, however it ended: on a worker, or by a `submit` that is refused.
+            It must not submit, for no worker might be left to make room.
+        checksums: xxh3 of each chunk's payload: compared after a read; filled in by a write when an empty
+            list is given.
+
+    Attributes:
+        moved: bytes that have moved so far.
+        error: why it failed, or None.
     """
 
     def __init__(
@@ -87,9 +106,11 @@ class Transfer:
         on_done: Callable[[Transfer], None] | None = None,
         checksums: list[int] | None = None,
     ) -> None:
+        assert chunks, "a transfer of nothing would never end"
         self.direction: Literal["read", "write"] = direction
         self.nbytes = sum(chunk.nbytes for chunk in chunks)
-        self.priority = Priority.DEMAND
+        self.moved = 0
+        self.priority = Priority.SCRUB
         self.error: BaseException | None = None
         self.checksums = checksums
         if checksums is not None and direction == "write":
@@ -100,6 +121,7 @@ class Transfer:
         self._before = before
         self._on_done = on_done
         self._finished = threading.Event()
+        self._process = os.getpid()
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
@@ -110,21 +132,30 @@ class Transfer:
 
         Raises:
             Exception: what the move raised: `TierFull`, `TransferFailed`, `CorruptRecord` or `Cancelled`.
+            SpillMisuse: it is under way in the process that this one was forked from.
         """
-        if not self._finished.wait(timeout):
+        if not self._settle(timeout):
             return False
         if self.error is not None:
             raise self.error
         return True
 
     def settle(self) -> None:
-        """Block until it has ended, however it ended."""
-        self._finished.wait()
+        """Block until it has ended, however it ended.
+
+        Raises:
+            SpillMisuse: as `wait`.
+        """
+        self._settle(None)
+
+    def _settle(self, timeout: float | None) -> bool:
+        if not self.done():
+            check_process(self._process)
+        return self._finished.wait(timeout)
 
     def _run(self, index: int, chunk: Chunk) -> None:
-        before, self._before = self._before, None
-        if before is not None:
-            before()
+        if self._before is not None:
+            self._before()
         if self.direction == "write":
             if self.checksums is not None:
                 self.checksums[index] = _checksum(chunk.payload)
@@ -132,190 +163,245 @@ class Transfer:
         else:
             chunk.file.read(chunk.offset, chunk.iovecs, chunk.need)
             if self.checksums is not None and self.checksums[index] != _checksum(chunk.payload):
-                raise CorruptRecord(f"{chunk.file.name} at {chunk.offset}: the checksum differs from the one written")
+                raise CorruptRecord(
+                    f"{chunk.file.name} at {chunk.offset}: the checksum differs from the one written"
+                )
+
+    def _end(self) -> None:
+        on_done, self._on_done = self._on_done, None
+        try:
+            if on_done is not None:
+                on_done(self)
+        except BaseException as raised:
+            self.error = self.error or raised
+        finally:
+            self._keep = self._before = None
+            self._finished.set()
+
+
+def check_process(owner: int) -> None:
+    """Raise `SpillMisuse` in any process but `owner`: a forked child has the locks but not the threads."""
+    if os.getpid() != owner:
+        raise SpillMisuse(
+            f"this belongs to process {owner}, from which this one was forked; make a new one here"
+        )
 
 
 def _checksum(payload: Iovec) -> int:
-    import ctypes
-
     address, nbytes = payload
     return xxhash.xxh3_64_intdigest((ctypes.c_char * nbytes).from_address(address))
+
+
+class _Task(NamedTuple):
+    """What a worker does next: carry a chunk, or end a transfer of which no chunk is under way."""
+
+    transfer: Transfer
+    chunk: tuple[int, Chunk] | None
+    is_slow: bool = False
 
 
 class TransferQueue:
     """Threads that carry out transfers.
 
     Args:
-        workers: threads. Two keep one disk busy; more help across several disks.
+        workers: threads, at least 1. Two keep one disk busy; more help across several disks.
         max_queued: transfers that may wait at once; `submit` blocks beyond (back-pressure).
         recorder: where each chunk is recorded, on lanes "disk read" and "disk write".
+
+    Raises:
+        InvalidInput: less than one worker, or no room for a transfer.
     """
 
     def __init__(self, *, workers: int = 2, max_queued: int = 4096, recorder: Recorder | None = None) -> None:
+        if workers < 1 or max_queued < 1:
+            raise InvalidInput(f"{workers} workers and room for {max_queued} transfers would move nothing")
         self._recorder = recorder or Recorder(enabled=False)
-        self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
         self._room = threading.Condition(self._lock)
         self._classes: dict[Priority, deque[Transfer]] = {priority: deque() for priority in Priority}
+        self._cancelled: SimpleQueue[Transfer] = SimpleQueue()
         self._ended: deque[Transfer] = deque()
-        self._flying: Counter[Priority] = Counter()
-        self._most_writes = max(1, workers - 1)
+        self._idle = 0
+        self._slow = 0
+        self._most_slow = max(1, workers - 1)
         self._max_queued = max_queued
         self._closed = False
         self._busy = {"read": _BusyTime(), "write": _BusyTime()}
-        self._threads = [threading.Thread(target=self._serve, name=f"undercroft-io-{n}", daemon=True) for n in range(workers)]
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"undercroft-io-{n}", daemon=True)
+            for n in range(workers)
+        ]
         for thread in self._threads:
             thread.start()
 
     def submit(self, transfer: Transfer, priority: Priority) -> Transfer:
-        """Queue a transfer behind others of its class.
+        """Queue a transfer behind others of its class, when there is room; a demand never waits for room.
 
         Raises:
-            SpillMisuse: the queue is closed.
+            SpillMisuse: the queue is closed, and the transfer has ended with this error; or it belongs to the
+                process that this one was forked from.
         """
+        check_process(self._process)
         with self._lock:
-            while len(self) >= self._max_queued and not self._closed:
+            while not self._has_room(priority):
                 self._room.wait()
-            if self._closed:
-                raise SpillMisuse("the transfer queue is closed")
-            transfer.priority = priority
-            if transfer._waiting:  # else it was cancelled before it came here
-                self._classes[priority].append(transfer)
-                self._work.notify(min(len(transfer._waiting), len(self._threads)))
-        return transfer
+            if not self._closed:
+                self._enqueue(transfer, min(priority, transfer.priority))
+                return transfer
+        transfer.error = SpillMisuse("the transfer queue is closed")
+        transfer._end()
+        raise transfer.error
 
     def __len__(self) -> int:
         return sum(len(waiting) for waiting in self._classes.values())
 
     def promote(self, transfer: Transfer, priority: Priority) -> None:
-        """Move what is left of a queued transfer to the end of a more urgent class."""
+        """Move what is left of a transfer to the end of a more urgent class, or have it submitted to that."""
+        check_process(self._process)
         with self._lock:
-            if priority < transfer.priority and transfer in self._classes[transfer.priority]:
-                self._classes[transfer.priority].remove(transfer)
+            if priority >= transfer.priority:
+                return
+            was, transfer.priority = transfer.priority, priority
+            if transfer in self._classes[was]:
+                self._classes[was].remove(transfer)
                 self._classes[priority].append(transfer)
-                transfer.priority = priority
                 self._work.notify()
 
-    def cancel(self, transfer: Transfer) -> bool:
-        """Drop the chunks that have not started; `wait` then raises `Cancelled`, once those under way are back.
+    def cancel(self, transfer: Transfer) -> None:
+        """Drop the chunks that have not started; `wait` raises `Cancelled` once those under way are back.
 
-        Returns:
-            False if nothing was left to drop: the transfer ends, or ended, by itself.
+        Nothing if no chunk is left to drop: the transfer ends, or ended, by itself. May be called anywhere,
+        also by a destructor.
         """
-        with self._lock:
-            if not transfer._waiting:
-                return False
-            self._drop(transfer, Cancelled("the transfer was cancelled"))
-            if transfer._flying == 0:
-                self._ended.append(transfer)
-                self._work.notify()
-        return True
+        self._cancelled.put(transfer)
 
     def rate(self, direction: Literal["read", "write"]) -> float | None:
-        """Measured bytes per second while at least one chunk of that direction was in flight; None before any."""
+        """Measured bytes per second of the time with a chunk of that direction in flight; None before any."""
+        check_process(self._process)
         with self._lock:
             return self._busy[direction].rate()
 
     def drain(self, timeout: float) -> bool:
-        """Wait until nothing is queued or in flight; False if `timeout` seconds passed first."""
-        deadline = time.monotonic() + timeout
+        """Wait until every transfer has ended; False if `timeout` seconds passed first."""
+        check_process(self._process)
         with self._lock:
-            while len(self) or self._flying.total():
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return False
-                self._room.wait(left)
-        return True
+            return self._room.wait_for(lambda: not len(self) and self._idle == len(self._threads), timeout)
 
     def close(self, timeout: float = 30.0) -> None:
-        """Cancel what waits, let chunks under way come back, end the threads; again is allowed."""
+        """Cancel what waits, let chunks under way come back, end the threads; again is allowed.
+
+        A forked child has nothing to close. Called on a thread of the queue, it does not wait.
+        """
+        if os.getpid() != self._process:
+            return
         with self._lock:
             self._closed = True
-            waiting = [transfer for queue in self._classes.values() for transfer in queue]
+            for waiting in self._classes.values():
+                for transfer in waiting:
+                    self.cancel(transfer)
             self._work.notify_all()
             self._room.notify_all()
-        for transfer in waiting:
-            self.cancel(transfer)
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(timeout)
+        deadline = time.monotonic() + timeout
+        for thread in self._threads if threading.current_thread() not in self._threads else ():
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
-    def _serve(self) -> None:
-        while True:
-            with self._lock:
-                while not self._ended and (picked := self._pick()) is None:
-                    if self._closed:
-                        return
-                    self._work.wait()
-                ended = self._ended.popleft() if self._ended else None
-            if ended is not None:
-                self._finish(ended)
-            else:
-                self._carry(*picked)
+    def _has_room(self, priority: Priority) -> bool:
+        return priority is Priority.DEMAND or len(self) < self._max_queued or self._closed
 
-    def _pick(self) -> tuple[Transfer, Priority, int, Chunk] | None:
-        for priority, queue in self._classes.items():
-            if not queue or (priority >= Priority.WRITE and self._slow_chunks() >= self._most_writes):
-                continue
-            transfer = queue[0]
-            index, chunk = transfer._waiting.popleft()
-            if not transfer._waiting:
-                queue.popleft()
+    def _enqueue(self, transfer: Transfer, priority: Priority) -> None:
+        transfer.priority = priority
+        if transfer._waiting:  # else it was cancelled before it came here
+            self._classes[priority].append(transfer)
+            self._work.notify(min(len(transfer._waiting), len(self._threads)))
+
+    def _serve(self) -> None:
+        while (task := self._next_task()) is not None:
+            if task.chunk is None or self._carry(task.transfer, *task.chunk, is_slow=task.is_slow):
+                task.transfer._end()
+            del task  # it must not live on while this thread waits
+
+    def _next_task(self) -> _Task | None:
+        with self._lock:
+            while (task := self._pick()) is None:
+                self._idle += 1
                 self._room.notify_all()
-            transfer._flying += 1
-            self._flying[priority] += 1
-            self._busy[transfer.direction].begin()
-            return transfer, priority, index, chunk
+                if self._closed:
+                    return None
+                self._work.wait()
+                self._idle -= 1
+            return task
+
+    def _pick(self) -> _Task | None:
+        self._take_cancels()
+        if self._ended:
+            return _Task(self._ended.popleft(), None)
+        for priority, waiting in self._classes.items():
+            is_slow = priority >= Priority.WRITE
+            if waiting and not (is_slow and self._slow >= self._most_slow):
+                return self._start(waiting, is_slow)
         return None
 
-    def _slow_chunks(self) -> int:
-        return self._flying[Priority.WRITE] + self._flying[Priority.SCRUB]
+    def _start(self, waiting: deque[Transfer], is_slow: bool) -> _Task:
+        transfer = waiting[0]
+        chunk = transfer._waiting.popleft()
+        if not transfer._waiting:
+            waiting.popleft()
+            self._room.notify_all()
+        transfer._flying += 1
+        self._slow += is_slow
+        self._busy[transfer.direction].begin()
+        return _Task(transfer, chunk, is_slow)
 
-    def _carry(self, transfer: Transfer, priority: Priority, index: int, chunk: Chunk) -> None:
+    def _carry(self, transfer: Transfer, index: int, chunk: Chunk, *, is_slow: bool) -> bool:
+        """Move a chunk; whether it was the last of its transfer."""
         error: BaseException | None = None
         start = time.perf_counter()
         try:
             transfer._run(index, chunk)
+        except UndercroftError as raised:
+            error = raised
         except BaseException as raised:  # whatever it is, it surfaces at wait()
-            error = raised if isinstance(raised, UndercroftError) else TransferFailed(f"{transfer.direction}: {raised!r}")
+            error = TransferFailed(f"{transfer.direction}: {raised!r}")
+            error.__cause__ = raised
         seconds = time.perf_counter() - start
-        self._recorder.record(transfer.direction, f"disk {transfer.direction}", start=start, seconds=seconds, nbytes=chunk.nbytes)
+        lane = f"disk {transfer.direction}"
+        self._recorder.record(transfer.direction, lane, start=start, seconds=seconds, nbytes=chunk.nbytes)
         with self._lock:
             self._busy[transfer.direction].end(0 if error else chunk.nbytes)
-            self._flying[priority] -= 1
-            transfer._flying -= 1
-            if error is not None:
-                self._drop(transfer, error)
-            finished = not transfer._waiting and transfer._flying == 0
-            if priority >= Priority.WRITE:
+            self._slow -= is_slow
+            if is_slow:
                 self._work.notify()  # the place among the writes that this chunk held is free again
-        if finished:
-            self._finish(transfer)
+            transfer._flying -= 1
+            if error is None:
+                transfer.moved += chunk.nbytes
+            else:
+                self._drop(transfer, error)
+            return not transfer._waiting and transfer._flying == 0
+
+    def _take_cancels(self) -> None:
+        while not self._cancelled.empty():
+            transfer = self._cancelled.get()
+            if transfer._waiting:
+                self._drop(transfer, Cancelled("the transfer was cancelled"))
+                if transfer._flying == 0:
+                    self._ended.append(transfer)
 
     def _drop(self, transfer: Transfer, error: BaseException) -> None:
         transfer.error = transfer.error or error
-        if transfer._waiting:
-            transfer._waiting.clear()
-            if transfer in self._classes[transfer.priority]:
-                self._classes[transfer.priority].remove(transfer)
+        transfer._waiting.clear()
+        with suppress(ValueError):  # all of it was under way, or it is not submitted yet
+            self._classes[transfer.priority].remove(transfer)
             self._room.notify_all()
-
-    def _finish(self, transfer: Transfer) -> None:
-        on_done, transfer._on_done = transfer._on_done, None
-        try:
-            if on_done is not None:
-                on_done(transfer)
-        finally:
-            transfer._keep = None
-            transfer._finished.set()
-            with self._lock:
-                self._room.notify_all()
 
 
 class _BusyTime:

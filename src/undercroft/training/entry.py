@@ -15,7 +15,7 @@ from undercroft.store.budget import Reservation
 from undercroft.store.scratch import Extent
 from undercroft.store.slab import Lease
 from undercroft.store.transfer import Transfer
-from undercroft.training.identity import StorageRef
+from undercroft.training.identity import SavedView, StorageRef
 
 
 class Entry:
@@ -24,7 +24,7 @@ class Entry:
     Attributes:
         ref: the storage that was saved.
         nbytes: its size when it was saved.
-        version: the version of the tensor that was saved first; another version is another entry.
+        view: the tensor that was saved first.
         number: its place among the storages first saved in its step, from 0.
         step: which step that was.
         can_spill: False for what is smaller than `min_bytes`.
@@ -51,14 +51,16 @@ class Entry:
         "reservation",
         "step",
         "tokens",
-        "version",
+        "view",
         "writing",
     )
 
-    def __init__(self, storage: torch.UntypedStorage, version: int, *, number: int, step: int, can_spill: bool) -> None:
+    def __init__(
+        self, storage: torch.UntypedStorage, view: SavedView, *, number: int, step: int, can_spill: bool
+    ) -> None:
         self.ref = StorageRef(storage)
         self.nbytes = storage.nbytes()
-        self.version = version
+        self.view = view
         self.number = number
         self.step = step
         self.can_spill = can_spill

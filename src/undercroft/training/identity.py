@@ -71,6 +71,20 @@ class SavedView:
         """
         check_version(self._counter, self._version)
 
+    def is_same_version_as(self, other: SavedView) -> bool:
+        """Whether both tensors share one version counter and were saved at the same version.
+
+        Equal numbers do not make one counter: `unsafe_chunk` and `.data` give several to one storage. Whether two
+        tensors share theirs can be asked only by moving one and looking at the other.
+        """
+        if self._version != other._version or self._counter._version != other._counter._version:
+            return False
+        now = other._counter._version
+        torch.autograd.graph.increment_version(other._counter)
+        moved = self._counter._version != now
+        torch._C._autograd._unsafe_set_version_counter((other._counter,), (now,))  # pyright: ignore
+        return moved
+
     def over(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """The saved view over a storage that holds its bytes; it shares the saved tensor's version counter."""
         plain = torch.empty(0, dtype=self._dtype, device=storage.device)

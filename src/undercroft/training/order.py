@@ -30,6 +30,12 @@ class Order:
         self._position = 0
         self.holds = bool(calls)
 
+    @property
+    def turns(self) -> bool:
+        """Whether the last call was a pack and the next is an unpack: the end of a forward."""
+        here = self._position
+        return self.holds and 0 < here < len(self.calls) and self.calls[here - 1] >= 0 > self.calls[here]
+
     def restart(self) -> None:
         """Begin the next step."""
         self._position = 0

@@ -6,8 +6,8 @@ the same plan.
 
 The search keeps greedily, in two orders, up to several fractions of the budget: what is not kept leaves room
 for writes on their way out and reads on their way in. It improves the best of these choices by moving blocks
-of storages across, large blocks first, then pairs; then it tries the same from disturbed copies. Simulation
-judges each choice, and the work of the whole search is bounded.
+of storages across, large blocks first; then it tries the same from disturbed copies. Simulation judges each
+choice, and the work of the whole search is bounded.
 """
 
 from __future__ import annotations
@@ -101,10 +101,7 @@ class _Room:
 
     def can_keep(self, i: int, limit: int) -> bool:
         self._changes += 1
-        for a, b in self._idle[i]:
-            if self._needs[a:b].max() + self._nbytes[i] > limit:
-                return False
-        return True
+        return all(self._needs[a:b].max() + self._nbytes[i] <= limit for a, b in self._idle[i])
 
     def flip(self, i: int) -> None:
         """Keep `i` if it is spilled, spill it if it is kept."""
@@ -134,7 +131,8 @@ class _Room:
 
 
 _STEPS = 8  # limits in a scan, blocks in the coarsest sweep
-_RESTARTS = 6
+_RESTARTS = 12
+_DISTURBED = 3  # storages that each restart flips
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +150,7 @@ class _Search:
         self._budget = budget
         self._room = _Room(trace, demand)
         self._quantum = max(trace.times, default=0.0) * 1e-4 or 1e-9
-        self._work = 60_000 + 120 * len(trace.storages)  # events to simulate, storages to move
+        self._work = 50_000 + 120 * len(trace.storages)  # events to simulate, storages to move
         self._seen: set[frozenset[int]] = set()
         self._order = sorted(self._room.spilled, key=lambda i: (_worth(trace, self._script, i), i))
         self._best = self._simulate(patience=math.inf)
@@ -167,9 +165,10 @@ class _Search:
         self._scan(sorted(self._order, key=lambda i: -self._script.nbytes[i]))
         self._climb()
         best, randomness = self._best, random.Random(0)
-        for _ in range(_RESTARTS if best.score > (0, 0) else 0):
-            self._restart(best, randomness)
-            best = min(best, self._best, key=lambda candidate: candidate.score)
+        for _ in range(_RESTARTS):
+            if self._work > 0:
+                self._restart(best, randomness)
+                best = min(best, self._best, key=lambda candidate: candidate.score)
         return best
 
     # Moves: each brings the room to a choice and considers it.
@@ -185,14 +184,8 @@ class _Search:
 
     def _climb(self) -> None:
         size = max(1, len(self._order) // _STEPS)
-        while size > 1:
-            self._sweep(size)
-            size //= 2
-        improving = True
-        while improving:
-            while self._sweep(1):
-                pass
-            improving = self._exchange()
+        while self._sweep(size) or size > 1:
+            size = max(1, size // 2)
 
     def _sweep(self, size: int) -> bool:
         improved = False
@@ -215,20 +208,9 @@ class _Search:
         self._room.fill((i for i in self._order if i not in block), self._budget)
         return self._consider()
 
-    def _exchange(self) -> bool:
-        """Flip pairs of storages, nearest in order first."""
-        improved = False
-        for distance in range(1, len(self._order)):
-            for pair in zip(self._order, self._order[distance:], strict=False):
-                if self._work <= 0:
-                    return improved
-                self._room.become(self._best.spilled.symmetric_difference(pair))
-                improved |= self._consider()
-        return improved
-
     def _restart(self, best: _Candidate, randomness: random.Random) -> None:
         shuffled = randomness.sample(self._order, len(self._order))
-        self._room.become(best.spilled.symmetric_difference(shuffled[:3]))
+        self._room.become(best.spilled.symmetric_difference(shuffled[:_DISTURBED]))
         self._room.clear(shuffled, self._budget)
         self._best = self._simulate(patience=math.inf)
         self._climb()
@@ -239,7 +221,7 @@ class _Search:
         """Whether the choice in the room is the best so far."""
         spilled = frozenset(self._room.spilled)
         self._work -= self._room.count_changes()
-        if self._work <= 0 or spilled in self._seen or not self._room.need() <= self._budget:
+        if self._work <= 0 or spilled in self._seen or self._room.need() > self._budget:
             return False
         candidate = self._simulate(patience=(self._best.score[0] + 1) * self._quantum)
         if not candidate.outcome.feasible or candidate.score >= self._best.score:

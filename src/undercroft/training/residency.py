@@ -20,11 +20,12 @@ import torch
 from undercroft.errors import BudgetExceeded, UndercroftError
 from undercroft.events import Recorder
 from undercroft.store.budget import Budget
+from undercroft.store.heap import Heap
 from undercroft.store.scratch import Extent, Scratch
 from undercroft.store.slab import Lease, Slab
 from undercroft.store.transfer import Cancelled, Priority, Transfer, TransferQueue
 from undercroft.training.entry import Entry
-from undercroft.training.identity import StorageRef
+from undercroft.training.identity import SavedView, StorageRef
 
 NextUse = Callable[[Entry], float]
 """When an entry will be wanted next, on any scale: smaller is sooner, infinity is never."""
@@ -39,6 +40,7 @@ class Residency:
         scratch: where writes go.
         queue: what carries both out.
         next_use: the order in which entries are wanted.
+        heap: told of what is let go.
         recorder: counts forwarded_bytes, spilled_bytes and read_bytes.
     """
 
@@ -50,27 +52,35 @@ class Residency:
         scratch: Scratch,
         queue: TransferQueue,
         next_use: NextUse,
+        heap: Heap,
         recorder: Recorder,
     ) -> None:
         self.lock = threading.Lock()
         self.stall_seconds = 0.0
         self._budget, self._slab, self._scratch, self._queue = budget, slab, scratch, queue
-        self._next_use, self._recorder = next_use, recorder
+        self._next_use, self._heap, self._recorder = next_use, heap, recorder
         self._entries: dict[Entry, None] = {}
-        self._by_key: dict[int, Entry] = {}
+        self._by_key: dict[int, list[Entry]] = {}
+        self._moves: dict[Transfer, None] = {}
+        self._ended = 0
         self._trouble: BaseException | None = None
         self._told = False
 
     # -- what the hooks ask -------------------------------------------------------------------------------------
 
-    def find(self, key: int) -> Entry | None:
-        """The entry whose saved storage, or copy in memory, has this key. The caller has the lock."""
-        return self._by_key.get(key)
+    def find(self, key: int, view: SavedView) -> Entry | None:
+        """The entry of a storage with this key, or with a copy in memory that has it, as `view` saw it.
+
+        An entry serves only tensors that share the version counter, at the version, of the one it was made for:
+        another counter may count edits of the same bytes that this one does not. The caller has the lock.
+        """
+        entries = self._by_key.get(key, ())
+        return next((entry for entry in entries if entry.view.is_same_version_as(view)), None)
 
     def add(self, entry: Entry) -> None:
         """Take up a new entry that is about to be admitted. The caller has the lock."""
         self._entries[entry] = None
-        self._by_key[entry.ref.key] = entry
+        self._by_key.setdefault(entry.ref.key, []).append(entry)
 
     def admit(self, entry: Entry, storage: torch.UntypedStorage) -> None:
         """Hold a storage that was just saved, making room first.
@@ -78,8 +88,12 @@ class Residency:
         Raises:
             BudgetExceeded: no room can be made.
         """
-        while (reservation := self._budget.try_reserve("host", entry.nbytes, "activations")) is None:
-            self._make_room(entry)
+        while True:
+            ended = self._ended
+            reservation = self._budget.try_reserve("host", entry.nbytes, "activations")
+            if reservation is not None:
+                break
+            self._make_room(entry, ended)
         with self.lock:
             entry.held, entry.reservation = storage, reservation
 
@@ -116,6 +130,7 @@ class Residency:
             BudgetExceeded: no room can be made for them.
         """
         while True:
+            ended = self._ended
             with self.lock:
                 storage = entry.alive()
                 if storage is not None and entry.writing is not None:
@@ -127,7 +142,7 @@ class Residency:
             if begun is not None:
                 self._queue.submit(begun, Priority.DEMAND)
             if reading is None:
-                self._make_room(entry)
+                self._make_room(entry, ended)
             else:
                 self._queue.promote(reading, Priority.DEMAND)
                 self._wait(reading)
@@ -153,14 +168,19 @@ class Residency:
     def retire(self, entry: Entry) -> None:
         """Forget an entry that nobody can ask for; a move of it is cancelled. The caller has the lock."""
         self._entries.pop(entry, None)
-        for ref in (entry.ref, entry.copy):
-            if ref is not None and self._by_key.get(ref.key) is entry:
-                del self._by_key[ref.key]
+        self._forget_key(entry, entry.ref)
+        self._forget_key(entry, entry.copy)
         entry.held = entry.lease = None
         for transfer in (entry.writing, entry.reading):
             if transfer is not None:
                 self._queue.cancel(transfer)
         self._discard(entry)
+
+    def escaped(self) -> int:
+        """Bytes of read buffers that outlived their entries: a gradient may alias the saved tensor it was made of."""
+        with self.lock:
+            extents = [e.extent for e in self._entries if e.extent is not None and e.alive() is not None]
+            return max(0, self._slab.leased - sum(extent.window for extent in extents))
 
     def tell(self) -> None:
         """Warn once, on the caller's thread, that the disk takes no more."""
@@ -168,6 +188,13 @@ class Residency:
             self._told = True
             text = f"spilling stopped: {self._trouble}. Activations stay in memory as far as the budget allows."
             warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+    def _forget_key(self, entry: Entry, ref: StorageRef | None) -> None:
+        entries = self._by_key.get(ref.key, []) if ref is not None else []
+        if ref is not None and entry in entries:
+            entries.remove(entry)
+            if not entries:
+                del self._by_key[ref.key]
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -190,10 +217,12 @@ class Residency:
             self._trouble = error
             return None
         entry.writing = transfer
+        self._moves[transfer] = None
         return transfer
 
     def _written(self, entry: Entry, extent: Extent, transfer: Transfer) -> None:
         with self.lock:
+            self._end(transfer)
             entry.writing = None
             resized = entry.held is not None and entry.held.nbytes() != entry.nbytes
             if transfer.error is None:
@@ -221,6 +250,7 @@ class Residency:
 
     def _release(self, entry: Entry) -> None:
         if entry.reservation is not None:
+            self._heap.freed(entry.nbytes)
             entry.reservation.release()
             entry.reservation = None
 
@@ -239,6 +269,7 @@ class Residency:
         if fetched is None:
             return None
         entry.lease, entry.reading = fetched
+        self._moves[entry.reading] = None
         return entry.reading
 
     def _fetch(self, entry: Entry, extent: Extent) -> tuple[Lease, Transfer] | None:
@@ -246,16 +277,20 @@ class Residency:
 
     def _read(self, entry: Entry, transfer: Transfer) -> None:
         with self.lock:
+            self._end(transfer)
             lease, extent = entry.lease, entry.extent
             entry.reading = entry.lease = None
             if transfer.error is None and lease is not None and extent is not None:
                 self._recorder.count("read_bytes", entry.nbytes)
-                if entry.copy is not None and self._by_key.get(entry.copy.key) is entry:
-                    del self._by_key[entry.copy.key]
+                self._forget_key(entry, entry.copy)
                 entry.held = lease.storage(extent.head, extent.nbytes)
                 entry.copy = StorageRef(entry.held)
-                self._by_key[entry.copy.key] = entry
+                self._by_key.setdefault(entry.copy.key, []).append(entry)
             self._discard(entry)
+
+    def _end(self, transfer: Transfer) -> None:
+        del self._moves[transfer]
+        self._ended += 1
 
     def _wait(self, transfer: Transfer) -> None:
         start = time.perf_counter()
@@ -264,8 +299,12 @@ class Residency:
 
     # -- making room --------------------------------------------------------------------------------------------
 
-    def _make_room(self, wanted: Entry) -> None:
+    def _make_room(self, wanted: Entry, ended: int) -> None:
         """Take one step towards room for an entry: the cheapest that can help. The caller tries again after each.
+
+        Args:
+            wanted: the entry.
+            ended: how many moves had ended before the caller found no room. If more have by now, there may be some.
 
         Raises:
             BudgetExceeded: nothing is left to do.
@@ -273,11 +312,12 @@ class Residency:
         if self._slab.trim() or self._drop_clean(wanted) or self._abandon_read(wanted):
             return
         with self.lock:
-            under_way = [entry.writing for entry in self._entries if entry.writing is not None]
-        if under_way:
-            self._wait(under_way[0])
-        elif not self._write_latest(wanted):
-            raise BudgetExceeded(wanted.nbytes, self._budget.limit("host") or 0, self._budget.holders("host"))
+            move = next(iter(self._moves), None)
+        if move is not None:
+            self._wait(move)
+        elif not self._write_latest(wanted) and ended == self._ended:
+            asked = wanted.nbytes if wanted.extent is None else wanted.extent.window
+            raise BudgetExceeded(asked, self._budget.limit("host") or 0, self._budget.holders("host"))
 
     def _drop_clean(self, wanted: Entry) -> bool:
         with self.lock:
@@ -288,6 +328,7 @@ class Residency:
         return latest is not None
 
     def _abandon_read(self, wanted: Entry) -> bool:
+        """Cancel the prefetch of what is wanted last, and see it end."""
         with self.lock:
             reading = [e for e in self._entries if e.reading is not None and e is not wanted]
             latest = max(reading, key=self._next_use, default=None)

@@ -7,13 +7,13 @@ exceed the budget; a step that cannot keep to it is reported as infeasible, not 
 The rules, which the runtime follows too:
 
 - A storage is held from its pack. One that is not in `spill` is held until it is released.
-- A spilled one is queued, and the disk writes the queue in order; it is freed when its write completes. If
-  it is unpacked before its write began, the write is cancelled; if its write is under way, that runs on and
-  leaves a clean copy in memory. Nobody waits in either case. A release cancels the write altogether.
+- A spilled one is queued, and the disk writes the queue in order; it is freed when its write completes. An
+  unpack before that forwards it: the write is cancelled, nobody waits, and it stays held until it is released
+  or, as below, written after all. A release cancels the write, too.
 - The disk serves one operation at a time: demand reads before prefetches before writes. Whatever comes first
   pauses the others, which go on later where they stopped (real transfers pause between chunks).
-- Prefetches come one at a time in the order of next unpack, each into free room only, and only in spans
-  where the next pack or unpack to come is an unpack: forward passes do not prefetch.
+- Prefetches come one at a time in the order of next unpack, each into free room only. They begin from the
+  first unpack of a backward pass to the next pack; forward passes do not prefetch.
 - A pack or an unpack that finds no room first drops clean storages that nobody uses, the one needed last
   first (a prefetch under way counts); then waits for writes, oldest first; then queues again the writes that
   forwarding had cancelled, the one needed last first. While it waits nothing is prefetched. If none of this
@@ -42,8 +42,9 @@ class Rates:
     latency_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.read_bytes_per_second, self.write_bytes_per_second) <= 0 or self.latency_seconds < 0:
-            raise InvalidInput(f"a disk needs positive rates and no negative latency: {self}")
+        rates = (self.read_bytes_per_second, self.write_bytes_per_second)
+        if not all(0 < rate < math.inf for rate in rates) or not 0 <= self.latency_seconds < math.inf:
+            raise InvalidInput(f"a disk has positive, finite rates and no negative latency: {self}")
 
     def read_seconds(self, nbytes: int) -> float:
         """Seconds to read `nbytes` with the disk to ourselves."""
@@ -95,18 +96,6 @@ class Script:
         self.read_seconds = [rates.read_seconds(nbytes) for nbytes in self.nbytes]
         self.unpacks = [(*(unpack for unpack, _ in storage.uses), _NEVER) for storage in trace.storages]
         self.events = actions_by_event(trace)
-        self.prefetching = _prefetching(self.events)
-
-
-def _prefetching(events: Sequence[Sequence[Action]]) -> list[bool]:
-    """By event, whether the next pack or unpack after it is an unpack."""
-    flags: list[bool] = []
-    unpack_next = False
-    for actions in reversed(events):
-        flags.append(unpack_next)
-        begins = [action for action, _ in actions if action in (PACK, UNPACK)]
-        unpack_next = begins[0] == UNPACK if begins else unpack_next
-    return flags[::-1]
 
 
 _NEVER = math.inf
@@ -177,12 +166,12 @@ class Simulation:
                 self._end(i)
             else:
                 self._release(i)
-        self._prefetching = self._script.prefetching[event]
         self._prefetch()
 
     # The step.
 
     def _pack(self, i: int) -> None:
+        self._prefetching = False
         self._make_room(i)
         self._hold(i)
         self._state[i] = _DIRTY
@@ -193,8 +182,9 @@ class Simulation:
         self._users[i] += 1
         self._unpacked[i] += 1
         state = self._state[i]
-        if state == _DIRTY:
-            self._forward(i)
+        if state == _DIRTY and i in self._writes:
+            self._cancel_write(i)
+            self._forwarded.add(i)
         elif state == _READING:
             self._reading = -1
             self._wait(self._read_left)
@@ -204,11 +194,7 @@ class Simulation:
             self._begin_read(i)
             self._wait(self._script.read_seconds[i])
             self._state[i] = _CLEAN
-
-    def _forward(self, i: int) -> None:
-        if i in self._writes and not self._has_begun(i):
-            del self._writes[i]
-            self._forwarded.add(i)
+        self._prefetching = True
 
     def _end(self, i: int) -> None:
         self._users[i] -= 1
@@ -220,8 +206,7 @@ class Simulation:
 
     def _release(self, i: int) -> None:
         if i in self._writes:
-            self._written += self._script.nbytes[i] * self._has_begun(i)
-            del self._writes[i]
+            self._cancel_write(i)
         self._forwarded.discard(i)
         if self._state[i] != _OUT:
             self._free(i)
@@ -313,13 +298,11 @@ class Simulation:
     def _complete_write(self, i: int) -> None:
         del self._writes[i]
         self._written += self._script.nbytes[i]
-        if self._users[i]:
-            self._state[i] = _CLEAN
-        else:
-            self._leave(i)
+        self._leave(i)
 
-    def _has_begun(self, i: int) -> bool:
-        return self._writes[i] < self._script.write_seconds[i]
+    def _cancel_write(self, i: int) -> None:
+        has_begun = self._writes.pop(i) < self._script.write_seconds[i]
+        self._written += self._script.nbytes[i] if has_begun else 0
 
     def _prefetch(self) -> None:
         while self._prefetching and self._reading < 0 and self._away:

@@ -11,6 +11,7 @@ layer count, and no calls from modules or schedulers.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -25,23 +26,23 @@ from typing import Self
 import torch
 
 from undercroft import machine
-from undercroft.errors import BudgetExceeded, InvalidInput, SpillMisuse
+from undercroft.errors import BudgetExceeded, InvalidInput, SpillMisuse, UnsupportedModel
 from undercroft.events import Recorder
 from undercroft.store.budget import Budget
-from undercroft.store.heap import return_freed_memory
+from undercroft.store.heap import Heap
 from undercroft.store.scratch import Scratch
 from undercroft.store.slab import HUGE_PAGE, Slab
 from undercroft.store.transfer import TransferQueue
 from undercroft.training.entry import Entry
 from undercroft.training.graph import packed_by_node, running_node
 from undercroft.training.identity import SavedView, StorageRef, check_version, storage_key, why_kept
-from undercroft.training.order import Order
+from undercroft.training.order import Call, Order
 from undercroft.training.plan import Plan, make_plan
 from undercroft.training.recording import Recording
 from undercroft.training.report import SpillReport
 from undercroft.training.residency import Residency
 from undercroft.training.simulation import Rates
-from undercroft.units import parse_size
+from undercroft.units import MIB, parse_size
 
 _STALL_ALLOWED = 0.02
 _PREFETCH_LOOKAHEAD = 256
@@ -121,6 +122,7 @@ class ActivationSpill:
         page = HUGE_PAGE if self.budget >= 32 * HUGE_PAGE else 4096
         self._page = page
         self._slab = Slab(4 * self.budget + 64 * page, budget=self._books, holder="read buffers", page=page)
+        self._heap = Heap(patience=max(self.budget, 64 * MIB))
         self._scratch = Scratch(
             _directories(directory),
             slab=self._slab,
@@ -135,6 +137,7 @@ class ActivationSpill:
             scratch=self._scratch,
             queue=self._queue,
             next_use=self._next_use,
+            heap=self._heap,
             recorder=self._recorder,
         )
         self._close = weakref.finalize(self, _close, self._queue, self._scratch, self._slab, os.getpid())
@@ -152,7 +155,9 @@ class ActivationSpill:
         self._plan: Plan | None = None
         self._planned_rates: Rates | None = None
         self._plans = 0
-        self._step = 0
+        self._last_calls: list[Call] = []
+        self._steps = 0
+        self._step = 0  # unlike _steps, this counts forwards without a backward too
         self._step_seconds = 0.0
         self._begun = time.perf_counter()
         self._stall_before = 0.0
@@ -164,7 +169,7 @@ class ActivationSpill:
             self._drain()
         counters, tally = self._recorder.counters, self._tally
         return SpillReport(
-            steps=self._step,
+            steps=self._steps,
             saved_nbytes=tally["saved"],
             unique_nbytes=tally["unique"],
             excluded_nbytes=tally["excluded"],
@@ -192,7 +197,6 @@ class ActivationSpill:
         self._check_usable()
         if getattr(_active, "hooks", None) is not None:
             raise SpillMisuse("a spill is already active on this thread; one around the whole loop is enough")
-        return_freed_memory()
         with self._residency.lock:
             self._drain()
             if self._recording.calls:
@@ -226,6 +230,10 @@ class ActivationSpill:
         token, is_new = self._enter(tensor)
         if is_new:
             self._hold(token.entry, tensor.untyped_storage())
+        if self._order.turns:  # the peak of the step is near
+            self._heap.trim()
+        else:
+            self._heap.trim_if_due()
         return token
 
     def _unpack(self, packed: _Kept | _Token) -> torch.Tensor:
@@ -244,13 +252,18 @@ class ActivationSpill:
             storage = self._residency.materialise(entry)
         except BudgetExceeded as error:
             raise self._name_least(error) from None
-        tensor = packed.view.over(storage)
+        if entry.extent is not None:
+            _refuse_node()
         with self._residency.lock:
-            if entry.tokens == 1 or (self._order.holds and self._next_use(entry) == float("inf")):
+            if entry.tokens == 1 or (self._order.holds and self._next_use(entry) == math.inf):
                 self._residency.let_go(entry)
-            upcoming = [self._numbered[n] for n in islice(self._order.upcoming(entry.number), _PREFETCH_LOOKAHEAD) if n in self._numbered]
+            upcoming = self._upcoming(entry)
         self._residency.prefetch(upcoming)
-        return tensor
+        return packed.view.over(storage)
+
+    def _upcoming(self, entry: Entry) -> list[Entry]:
+        numbers = islice(self._order.upcoming(entry.number), _PREFETCH_LOOKAHEAD)
+        return [self._numbered[number] for number in numbers if number in self._numbered]
 
     def _enter(self, tensor: torch.Tensor) -> tuple[_Token, bool]:
         """A token for a tensor, over the entry of its storage or a new one."""
@@ -260,10 +273,10 @@ class ActivationSpill:
             self._drain()
             if self._is_step_over():
                 self._finish_step()
-            entry = self._residency.find(storage_key(tensor))
-            is_new = entry is None or entry.version != tensor._version
-            if entry is None or is_new:
-                entry = self._new_entry(storage, tensor._version)
+            entry = self._residency.find(storage_key(tensor), view)
+            is_new = entry is None
+            if entry is None:
+                entry = self._new_entry(storage, view)
             elif entry.can_spill and entry.step == self._step:
                 self._recording.save_again(entry.number)
                 self._order.advance(entry.number)
@@ -271,11 +284,11 @@ class ActivationSpill:
             self._live_tokens += 1
         return _Token(self, entry, view), is_new
 
-    def _new_entry(self, storage: torch.UntypedStorage, version: int) -> Entry:
+    def _new_entry(self, storage: torch.UntypedStorage, view: SavedView) -> Entry:
         nbytes = storage.nbytes()
         can_spill = nbytes >= max(self._min_bytes, 1)
         number = self._recording.add(nbytes, self._elapsed()) if can_spill else -1
-        entry = Entry(storage, version, number=number, step=self._step, can_spill=can_spill)
+        entry = Entry(storage, view, number=number, step=self._step, can_spill=can_spill)
         if can_spill:
             self._numbered[number] = entry
             self._order.advance(number)
@@ -350,26 +363,35 @@ class ActivationSpill:
     # -- steps and plans ----------------------------------------------------------------------------------------
 
     def _is_step_over(self) -> bool:
-        """Whether the call under way begins a new step: a backward has run, and nothing saved before is wanted."""
-        recording = self._recording
-        return (recording.unpacks > 0 and self._live_tokens == 0) or len(recording.calls) > _LONGEST_STEP
+        """Whether the call under way begins a new step: nothing saved before is wanted any more."""
+        ncalls = len(self._recording.calls)
+        return (ncalls > 0 and self._live_tokens == 0) or ncalls > _LONGEST_STEP
 
     def _finish_step(self) -> None:
         recording, stall = self._recording, self._residency.stall_seconds - self._stall_before
         seconds = time.perf_counter() - self._begun
-        self._lost = None
+        if self._live_tokens == 0:
+            self._lost = None
         if recording.unpacks:
+            self._steps += 1
             self._step_seconds += seconds
-            if recording.calls != self._order.calls:
-                self._order = Order(recording.calls)
-                self._replan(recording)
-            elif stall > _STALL_ALLOWED * seconds and self._rates_changed():
-                self._replan(recording)
+            self._learn(recording, stall > _STALL_ALLOWED * seconds)
         self._order.restart()
+        self._slab.trim()
         self._exclude_survivors()
         self._recording, self._numbered = Recording(), {}
         self._step += 1
         self._begun, self._stall_before = time.perf_counter(), self._residency.stall_seconds
+
+    def _learn(self, recording: Recording, stalled: bool) -> None:
+        """Plan for the first step, for a new order seen twice, and where the disk is not what the plan believes."""
+        repeated, self._last_calls = recording.calls == self._last_calls, recording.calls
+        if recording.calls == self._order.calls:
+            if stalled and self._rates_changed():
+                self._replan(recording)
+        elif repeated or not self._order.calls:
+            self._order = Order(recording.calls)
+            self._replan(recording)
 
     def _replan(self, recording: Recording) -> None:
         self._planned_rates = self._measured_rates()
@@ -402,7 +424,7 @@ class ActivationSpill:
         return any(not 0.8 < a / b < 1.25 for a, b in pairs)
 
     def _next_use(self, entry: Entry) -> float:
-        return self._order.next_use(entry.number) if entry.step == self._step else float("inf")
+        return self._order.next_use(entry.number) if entry.step == self._step else math.inf
 
     def _elapsed(self) -> float:
         """Seconds of compute since the step began, without our own stalls."""
@@ -441,7 +463,7 @@ class ActivationSpill:
         """The same error, with the smallest budget that would do for the backward under way."""
         node = running_node()
         demands = [self._demand(packed) for packed in packed_by_node(node)] if node is not None else []
-        least = max([*demands, error.asked]) + self._overhead
+        least = max([*demands, error.asked]) + self._overhead + self._residency.escaped()
         hint = "Each backward step needs that much in memory at once; a smaller batch or sequence needs less."
         return BudgetExceeded(error.asked, self.budget, error.held, least, hint=hint)
 
@@ -454,6 +476,22 @@ class ActivationSpill:
             raise SpillMisuse("this spill belongs to the process that made it; a forked child needs its own")
         if not self._close.alive:
             raise SpillMisuse("this spill is closed; make a new one")
+
+
+def _refuse_node() -> None:
+    """Raise for the one operation of PyTorch that fills a tensor after saving it, without counting the edit.
+
+    Every hook that copies, `save_on_cpu` too, gives it back bytes from before they were filled.
+
+    Raises:
+        UnsupportedModel: it is running.
+    """
+    node = running_node()
+    if node is not None and node.name() == "RreluWithNoiseBackward0":
+        raise UnsupportedModel(
+            "rrelu saves its noise before it draws it, so a spilled copy would be wrong; "
+            "use leaky_relu, or raise min_bytes above the size of this activation"
+        )
 
 
 def _directories(given: str | Path | list[str | Path] | None) -> list[str | Path]:

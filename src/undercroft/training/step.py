@@ -66,7 +66,7 @@ Action = tuple[int, int]  # one of the above, and the index of a storage
 
 
 def actions_by_event(trace: StepTrace) -> list[list[Action]]:
-    """Return what happens at each event: first what ends, then what begins, then what it began and ends itself."""
+    """Return what happens at each event: what ends, what begins, then what began there and ends there."""
     ends: list[list[Action]] = [[] for _ in trace.times]
     begins: list[list[Action]] = [[] for _ in trace.times]
     momentary: list[list[Action]] = [[] for _ in trace.times]

@@ -1,0 +1,118 @@
+"""``undercroft demo``: what Undercroft does, shown on this machine, in acts.
+
+Each act is a function that takes the scale, shows its progress on stderr, and returns its facts and its
+text. Another act is another line in `ACTS`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from undercroft.cli.progress import Steps
+from undercroft.cli.table import comparison_table
+from undercroft.units import format_size
+
+if TYPE_CHECKING:
+    from undercroft.training.compare import Row
+    from undercroft.training.demonstration import Scale, TrainingShown
+    from undercroft.training.trial import OnTrialStep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """What an act showed.
+
+    Attributes:
+        act: its name.
+        facts: for programs.
+        text: for people.
+        held: whether what it claims came out.
+    """
+
+    act: str
+    facts: dict[str, Any]
+    text: str
+    held: bool
+
+
+def _training(scale: Scale) -> Shown:
+    from undercroft.training.demonstration import show_training
+
+    bars: list[Steps] = []
+
+    def watch(name: str) -> OnTrialStep:
+        bars.append(Steps(name))
+        return lambda step, steps, loss: bars[-1].show(step, steps, f"loss {loss:.4f}")
+
+    try:
+        shown = show_training(scale, watch=watch)
+    finally:
+        for bar in bars:
+            bar.__exit__(None, None, None)
+    return Shown(act="training", facts=asdict(shown), text=_training_text(shown), held=_all_equal(shown.rows))
+
+
+ACTS: tuple[Callable[[Scale], Shown], ...] = (_training,)
+
+
+def demo(
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 6,
+    width: Annotated[int, typer.Option(help="Its width, a multiple of 64.")] = 256,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a step.")] = 4,
+    steps: Annotated[int, typer.Option(help="Steps of each run.")] = 6,
+    budget: Annotated[str, typer.Option(help="Bytes of activations in memory, when spilling.")] = "128MiB",
+    min_bytes: Annotated[str, typer.Option(help="Tensors smaller than this are not spilled.")] = "1MiB",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show it on this machine: the same training plain, checkpointed and spilled, in about two minutes."""
+    from undercroft.models.load import be_quiet
+    from undercroft.training.demonstration import Scale
+
+    be_quiet()
+    scale = Scale(
+        layers=layers,
+        width=width,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        steps=steps,
+        budget=budget,
+        min_bytes=min_bytes,
+    )
+    shown = [act(scale) for act in ACTS]
+    if as_json:
+        typer.echo(json.dumps({"acts": [{"act": each.act, **each.facts} for each in shown]}, indent=2))
+    else:
+        typer.echo("\n\n".join(each.text for each in shown))
+    if not all(each.held for each in shown):
+        raise typer.Exit(1)
+
+
+def _training_text(shown: TrainingShown) -> str:
+    scale = shown.scale
+    head = (
+        f"A model of {shown.parameters / 1e6:.1f} million parameters learns Python's own manual, "
+        f"{scale.steps} steps of {scale.batch_size} sequences of {scale.sequence_length} tokens:\n"
+        "plain; with every layer checkpointed, which computes it twice; and with its activations spilled,\n"
+        f"{scale.budget} of them in memory."
+    )
+    return f"{head}\n\n{comparison_table(shown.rows)}\n\n{_conclusion(shown.rows)}"
+
+
+def _conclusion(rows: Sequence[Row]) -> str:
+    plain, spilled = rows[0], rows[-1]
+    if not _all_equal(rows) or plain.peak_nbytes is None or spilled.peak_nbytes is None:
+        return "This should not be: please report it with the output of undercroft doctor."
+    return (
+        f"Losses and weights are the same, bit for bit. Memory above what is held between steps: "
+        f"{format_size(spilled.peak_nbytes)} in the place of {format_size(plain.peak_nbytes)}."
+    )
+
+
+def _all_equal(rows: Sequence[Row]) -> bool:
+    return all(row.equal for row in rows)

@@ -1,0 +1,1 @@
+"""Everything that knows transformers: opening checkpoints, text and chat as tokens, causal models."""

@@ -1,0 +1,305 @@
+"""A cache of records: read-only weights in memory under a byte budget.
+
+It knows who asked for which records, and what is on its way to whom; not what they mean. A `Shelf` holds
+them, an `EvictionPolicy` says what leaves first, a `TransferQueue` moves bytes. Invariants: all records in
+memory and on their way never take more than the budget; a record in use never leaves; a lease that is
+handed out holds the bytes that were written, or an error is raised in its place.
+
+One lock guards everything. A lease dies whenever Python drops its last view, perhaps in the middle of our
+own code, so its death only fills a queue that the next call empties (see `budget.py`). An iterator may be
+dropped as suddenly, so entries know it only by a weak reference. The lock is not held while a transfer is
+submitted, which may wait for workers that are waiting for us, nor while a checksum is computed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+from undercroft.errors import InvalidInput, SpillMisuse
+from undercroft.events import Recorder
+from undercroft.store.loading import Arrival, Loader
+from undercroft.store.policy import EvictionPolicy, Lru
+from undercroft.store.record import Key, Record
+from undercroft.store.records import RecordFile, homes
+from undercroft.store.request import Request
+from undercroft.store.shelf import Entry, Shelf, Spare
+from undercroft.store.slab import Lease, Slab
+from undercroft.store.transfer import Cancelled, Priority, Transfer, TransferQueue, check_process
+from undercroft.units import parse_size
+
+_POLL_SECONDS = 0.005
+
+
+class RecordCache:
+    """Records by (name, kind), read when they are asked for and kept while there is room.
+
+    Args:
+        files: where the records are; a key must not occur twice. They stay the caller's to close.
+        budget: the most bytes that records may take, those on their way and those in use included.
+        slab: where they go; it reserves RAM in its own `Budget`. Best is one of the same size, not shared.
+        queue: what moves them.
+        policy: which record leaves first; `Lru` if None.
+        patience: seconds that a fetch waits for leases to be dropped, where those in use leave it no room.
+        recorder: counts hits (in memory), waits (on their way), misses, read_bytes, evictions, foreseen,
+            useless_prefetches (gone before anybody asked) and cancelled_prefetches.
+
+    Raises:
+        InvalidInput: a budget that is no size, or a key that two files have.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[RecordFile],
+        budget: int | str,
+        slab: Slab,
+        queue: TransferQueue,
+        *,
+        policy: EvictionPolicy[Key] | None = None,
+        patience: float = 10.0,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self._homes = homes(files)
+        self._patience = patience
+        self._policy: EvictionPolicy[Key] = policy or Lru()
+        self._recorder = recorder or Recorder(enabled=False)
+        self._loader = Loader(queue, self._arrived)
+        self._shelf = Shelf(parse_size(budget), slab, self._policy, self._evicted)
+        self._changed = threading.Condition()
+        self._closed = False
+        self._process = os.getpid()
+
+    @property
+    def budget(self) -> int:
+        """The most bytes that records may take."""
+        return self._shelf.budget
+
+    @property
+    def held(self) -> int:
+        """Bytes that records take now."""
+        with self._changed:
+            return self._shelf.held
+
+    @property
+    def pinned(self) -> int:
+        """Bytes of records in use now."""
+        with self._changed:
+            self._shelf.collect()
+            return self._shelf.pinned
+
+    def record(self, key: tuple[str, str]) -> Record:
+        """What the index says of a record; its `tensor` gives a lease a shape.
+
+        Raises:
+            InvalidInput: no file has it.
+        """
+        return self._home(key)[key]
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        """Whether a record is in memory, so that a fetch would not wait for it."""
+        with self._changed:
+            entry = self._shelf.entries.get(Key(*key))
+            return entry is not None and not entry.loading
+
+    def fetch(
+        self, keys: Iterable[tuple[str, str]], *, priority: Priority = Priority.DEMAND
+    ) -> Iterator[tuple[Key, Lease]]:
+        """Ask for records; they come as they arrive, those in memory first, each once.
+
+        Reads begin now, in the order of the keys, for as many as there is room for, and for more as leases
+        are dropped. A record stays while its lease, or any view of that, lives. A loop holds one lease while
+        it waits for the next, unless it deletes its variable, so room for two is the least to go on.
+
+        Raises:
+            InvalidInput: no file has one of them.
+            SpillMisuse: the cache or its queue is closed, or belongs to the process this one was forked from.
+            BudgetExceeded: (from the iterator) leases in use left no room for `patience` seconds.
+            TierFull: (from the iterator) the same, but it is the slab that has no room in one piece.
+            CorruptRecord, TransferFailed: (from the iterator) a record could not be read, in two reads.
+        """
+        check_process(self._process)
+        wanted = self._wanted(keys)
+        request = Request(priority)
+        with self._changed:
+            self._check_open()
+            for key in wanted:
+                self._ask(request, key)
+            transfers = self._begin(request)
+        self._loader.submit(transfers, priority)
+        return self._deliver(request)
+
+    def foresee(self, keys: Iterable[tuple[str, str]]) -> None:
+        """Hint that records will be asked for. They are read behind all demands, as far as there is room.
+
+        Room is what is free, and records that nobody uses and that were not foreseen; a fetch that needs the
+        room takes it back.
+
+        Raises:
+            InvalidInput: no file has one of them.
+            SpillMisuse: the cache is closed, or belongs to the process this one was forked from.
+        """
+        check_process(self._process)
+        wanted = self._wanted(keys)
+        protected = set(wanted)
+        with self._changed:
+            self._check_open()
+            absent = [key for key in wanted if key not in self._shelf.entries]
+            begun = self._admit(absent, lambda each: not each.foreseen and each.record.key not in protected)
+            for entry in begun:
+                entry.foreseen = True
+            self._recorder.count("foreseen", len(begun))
+            transfers = self._loader.prepare(begun)
+        self._loader.submit(transfers, Priority.PREFETCH)
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Return every byte but those of leases in use, which return when they die; again is allowed.
+
+        Reads under way are cancelled; one that does not come back within `timeout` seconds keeps its room,
+        for the system may still write there. A fetch that waits on another thread raises `SpillMisuse`.
+        """
+        if os.getpid() != self._process:
+            return
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            for entry in self._shelf.loading:
+                self._loader.cancel(entry)
+            self._changed.wait_for(lambda: not self._shelf.loading, timeout)
+            for entry in self._shelf.resting:
+                self._recorder.count("useless_prefetches", entry.foreseen)
+                self._shelf.remove(entry)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _home(self, key: tuple[str, str]) -> RecordFile:
+        home = self._homes.get(Key(*key))
+        if home is None:
+            raise InvalidInput(f"no record file of this cache has {tuple(key)}")
+        return home
+
+    def _wanted(self, keys: Iterable[tuple[str, str]]) -> list[Key]:
+        wanted = list(dict.fromkeys(Key(*key) for key in keys))
+        for key in wanted:
+            self._home(key)
+        return wanted
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SpillMisuse("this record cache is closed; make a new one")
+        self._shelf.collect()
+
+    def _admit(self, keys: Iterable[Key], spare: Spare) -> list[Entry]:
+        """Entries for the first of the keys, as many as there is room for."""
+        admitted: list[Entry] = []
+        for key in keys:
+            home = self._homes[key]
+            entry = self._shelf.admit(home[key], home, spare=spare)
+            if entry is None:
+                break
+            admitted.append(entry)
+        return admitted
+
+    def _ask(self, request: Request, key: Key) -> None:
+        self._policy.touch(key)
+        entry = self._shelf.entries.get(key)
+        if entry is None:
+            self._recorder.count("misses")
+            request.pending[key] = None
+        else:
+            self._recorder.count("waits" if entry.loading else "hits")
+            self._join(request, entry)
+
+    def _join(self, request: Request, entry: Entry) -> None:
+        entry.foreseen = False
+        request.pending.pop(entry.record.key, None)
+        if entry.loading:
+            request.flying.add(entry.record.key)
+            entry.waiters.append(weakref.ref(request))
+            self._loader.hasten(entry, request.priority)
+        else:
+            request.ready.append((entry.record.key, self._shelf.pin(entry)))
+
+    def _begin(self, request: Request) -> list[Transfer]:
+        """Join what others began to read of the pending keys, and begin the rest as far as there is room."""
+        for key in [key for key in request.pending if key in self._shelf.entries]:
+            self._join(request, self._shelf.entries[key])
+        begun = self._admit(list(request.pending), _anything)
+        for entry in begun:
+            self._join(request, entry)
+        if request.pending:
+            for entry in self._shelf.hints(self._first_pending(request).occupied):
+                self._loader.cancel(entry)
+        return self._loader.prepare(begun)
+
+    def _deliver(self, request: Request) -> Iterator[tuple[Key, Lease]]:
+        while self._has_more(request):
+            yield self._next(request)  # not by way of a variable, which would keep the lease
+
+    def _has_more(self, request: Request) -> bool:
+        with self._changed:
+            return not request.is_complete()
+
+    def _next(self, request: Request) -> tuple[Key, Lease]:
+        check_process(self._process)
+        patience = self._patience
+        while True:
+            with self._changed:
+                self._check_open()
+                transfers = self._begin(request)
+                if not transfers:
+                    if request.ready:
+                        return request.hand_over()
+                    patience -= self._wait(request, patience)
+            self._loader.submit(transfers, request.priority)
+
+    def _wait(self, request: Request, patience: float) -> float:
+        """Wait until something changes; the seconds of patience that it took."""
+        if self._shelf.loading:
+            self._changed.wait()
+            return 0.0
+        if patience <= 0 or self._first_pending(request).occupied > self.budget:
+            error = self._shelf.no_room(self._first_pending(request))
+            request.forget()
+            raise error
+        self._changed.wait(_POLL_SECONDS)  # the death of a lease cannot wake us: it may take no lock
+        return _POLL_SECONDS
+
+    def _first_pending(self, request: Request) -> Record:
+        key = next(iter(request.pending))
+        return self._homes[key][key]
+
+    def _arrived(self, arrivals: Sequence[Arrival]) -> None:
+        with self._changed:
+            for entry, error in arrivals:
+                self._settle(entry, error)
+            self._changed.notify_all()
+
+    def _settle(self, entry: Entry, error: Exception | None) -> None:
+        if error is None:
+            entry.loading, entry.transfer = False, None
+            self._recorder.count("read_bytes", entry.record.occupied)
+        else:
+            self._shelf.remove(entry)
+            self._recorder.count("cancelled_prefetches", entry.foreseen and isinstance(error, Cancelled))
+        waiters, entry.waiters = entry.waiters, []
+        for waiter in waiters:
+            if (request := waiter()) is not None and entry.record.key in request.flying:
+                request.tell(entry.record.key, error or self._shelf.pin(entry))
+
+    def _evicted(self, entry: Entry) -> None:
+        self._recorder.count("evictions")
+        self._recorder.count("useless_prefetches", entry.foreseen)
+
+
+def _anything(entry: Entry) -> bool:
+    return True

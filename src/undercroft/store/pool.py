@@ -1,0 +1,119 @@
+"""A caching allocator for PyTorch's CPU tensors: built on first use, installed once, process-wide.
+
+It knows how to compile, load and steer `pool.cpp`, which says why it exists. Without a C++ compiler there is no pool
+and everything else works, with a larger process and more CPU. Invariant: nothing is loaded that another user could
+have written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from undercroft import machine
+from undercroft.units import MIB
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC")
+_COMPILE_SECONDS = 120
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolUse:
+    """Bytes of CPU tensors of 1 MiB and more: in use, waiting for reuse, and the most in use since the last look."""
+
+    used: int
+    waiting: int
+    peak: int
+
+
+class Pool:
+    """The installed allocator.
+
+    Args:
+        library: the compiled `pool.cpp`.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.undercroft_pool_trim.argtypes = (ctypes.c_size_t,)
+        library.undercroft_pool_trim.restype = ctypes.c_size_t
+        library.undercroft_pool_set_limit.argtypes = (ctypes.c_size_t,)
+        library.undercroft_pool_install()
+
+    def limit(self, nbytes: int) -> None:
+        """Let at most `nbytes` of freed blocks wait for reuse."""
+        self._library.undercroft_pool_set_limit(nbytes)
+
+    def trim(self) -> int:
+        """Give all waiting blocks back to the system; returns their bytes."""
+        return self._library.undercroft_pool_trim(0)
+
+    def use(self) -> PoolUse:
+        """What tensors occupy now."""
+        numbers = (ctypes.c_uint64 * 3)()
+        self._library.undercroft_pool_read(numbers)
+        return PoolUse(used=numbers[0], waiting=numbers[1], peak=numbers[2])
+
+
+@cache
+def install() -> Pool | None:
+    """The pool, in front of PyTorch's CPU allocator from now on; None where it cannot be built.
+
+    The first call on a machine compiles it, in about ten seconds; later ones load what is in Undercroft's home.
+    """
+    try:
+        pool = Pool(ctypes.CDLL(str(_library())))
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.warning("no tensor pool (%s): spilling works, but leaves more freed memory in the process", error)
+        return None
+    pool.limit(64 * MIB)
+    return pool
+
+
+def _library() -> Path:
+    recipe = "\n".join([_SOURCE.read_text(), torch.__version__, *_FLAGS])
+    directory = machine.home() / "native"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    path = directory / f"pool-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        _compile(path)
+    for each in (directory, path):
+        _refuse_foreign(each)
+    return path
+
+
+def _compile(path: Path) -> None:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        raise OSError("no C++ compiler on the path")
+    home = Path(torch.__file__).parent
+    _log.info("compiling the tensor pool, once on this machine")
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        built = Path(scratch) / path.name
+        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+        places = (f"-I{home / 'include'}", f"-L{home / 'lib'}", "-lc10")
+        command = [compiler, *_FLAGS, abi, str(_SOURCE), "-o", str(built), *places]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
+        if done.returncode:
+            raise OSError(f"{compiler} failed: {done.stderr.strip()[-300:]}")
+        built.chmod(0o700)
+        os.replace(built, path)
+
+
+def _refuse_foreign(path: Path) -> None:
+    status = path.stat()
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
+        raise OSError(f"{path} could have been written by another user")

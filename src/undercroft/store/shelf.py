@@ -1,0 +1,190 @@
+"""What a record cache holds: entries, the room they take, who uses them, which leaves first.
+
+It knows bytes, pins and a policy; not files' content, queues or who waits. Its owner's lock guards every
+call but the death of a pin, which may happen anywhere. Invariants: `held` never exceeds `budget`; an entry
+that is being read or is in use never leaves.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from undercroft.errors import BudgetExceeded, TierFull
+from undercroft.store.policy import EvictionPolicy
+from undercroft.store.record import Key, Record
+from undercroft.store.records import RecordFile
+from undercroft.store.slab import Lease, Slab
+from undercroft.store.transfer import Transfer
+from undercroft.units import format_size
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A record that takes room.
+
+    Attributes:
+        record: which.
+        file: where from.
+        lease: the room; None once it left, so that whoever still has the entry does not hold the bytes.
+        address: where the room starts.
+        transfer: what brings the bytes; None once they are here.
+        loading: whether the bytes are still to come.
+        foreseen: it was read on a hint, and nobody has asked for it yet.
+        waiters: weak references to those who asked for it while it was on its way.
+    """
+
+    record: Record
+    file: RecordFile
+    lease: Lease | None
+    address: int
+    transfer: Transfer | None = None
+    loading: bool = True
+    foreseen: bool = False
+    waiters: list[Any] = field(default_factory=list[Any])
+
+
+Spare = Callable[[Entry], bool]
+
+
+class Shelf:
+    """Entries by key, under a budget of bytes.
+
+    Args:
+        budget: the most bytes that entries may take.
+        slab: where their room comes from; others may use it too.
+        policy: which entry leaves first.
+        on_evict: told of each entry that left to make room.
+    """
+
+    def __init__(
+        self, budget: int, slab: Slab, policy: EvictionPolicy[Key], on_evict: Callable[[Entry], None]
+    ) -> None:
+        self.budget = budget
+        self.held = 0
+        self.entries: dict[Key, Entry] = {}
+        self._slab, self._policy, self._on_evict = slab, policy, on_evict
+        self._pins: Counter[Key] = Counter()
+        self._unpinned: SimpleQueue[Key] = SimpleQueue()
+
+    @property
+    def pinned(self) -> int:
+        """Bytes of entries in use."""
+        return sum(entry.record.occupied for key, entry in self.entries.items() if key in self._pins)
+
+    @property
+    def loading(self) -> list[Entry]:
+        """Entries whose bytes are on their way, in the order of their reads."""
+        return [entry for entry in self.entries.values() if entry.loading]
+
+    @property
+    def resting(self) -> list[Entry]:
+        """Entries whose bytes are here."""
+        return [entry for entry in self.entries.values() if not entry.loading]
+
+    def admit(self, record: Record, file: RecordFile, *, spare: Spare) -> Entry | None:
+        """Make room for a record; None where there is not enough.
+
+        Args:
+            record: what wants in; it is not here yet.
+            file: where it comes from.
+            spare: which of the entries that could leave may do so for this record.
+        """
+        lease = self._room(record.occupied, spare)
+        if lease is None:
+            return None
+        entry = Entry(record, file, lease, lease.address)
+        self.entries[record.key] = entry
+        self.held += record.occupied
+        self._policy.insert(record.key)
+        return entry
+
+    def remove(self, entry: Entry) -> None:
+        """Give the entry's room back; what is in use of it stays where it is until the last use ends."""
+        del self.entries[entry.record.key]
+        self.held -= entry.record.occupied
+        entry.lease = entry.transfer = None
+        self._policy.remove(entry.record.key)
+
+    def pin(self, entry: Entry) -> Lease:
+        """A lease of the entry's bytes; while it or a view of it lives, the entry stays."""
+        assert entry.lease is not None
+        key = entry.record.key
+        self._pins[key] += 1
+        return entry.lease.pin(partial(self._unpinned.put, key))
+
+    def collect(self) -> None:
+        """Take note of the pins that died."""
+        while True:
+            try:
+                key = self._unpinned.get_nowait()
+            except Empty:
+                return
+            self._pins[key] -= 1
+            if not self._pins[key]:
+                del self._pins[key]
+
+    def hints(self, nbytes: int) -> list[Entry]:
+        """Reads under way that nobody asked for, the latest first, as many as make room of `nbytes`."""
+        loading = self.loading
+        wanted = {id(entry.transfer) for entry in loading if not entry.foreseen}
+        hints: list[Entry] = []
+        for entry in reversed(loading):
+            if nbytes > 0 and id(entry.transfer) not in wanted:
+                hints.append(entry)
+                nbytes -= entry.record.occupied
+        return hints
+
+    def no_room(self, record: Record) -> BudgetExceeded | TierFull:
+        """The error that says why `admit` has no room for a record."""
+        pinned, need = self.pinned, record.occupied
+        if self.held + need > self.budget:
+            holders = {"records in use": pinned, "other records": self.held - pinned}
+            hint = "Drop leases before asking for more, or give the cache a larger budget."
+            return BudgetExceeded(need, self.budget, holders, hint=hint)
+        return TierFull(
+            f"record {tuple(record.key)} needs {format_size(need)} in one piece; the slab of "
+            f"{format_size(self._slab.capacity)}, of which {format_size(self._slab.leased)} are leased, "
+            "has none; make it larger",
+            errno=errno.ENOMEM,
+        )
+
+    def _room(self, nbytes: int, spare: Spare) -> Lease | None:
+        leaving = self._leaving(self.held + nbytes - self.budget, spare)
+        if leaving is None:
+            return None
+        for entry in leaving:
+            self._evict(entry)
+        while (lease := self._slab.lease(nbytes)) is None:  # room, but not in one piece
+            victim = next(self._victims(spare), None)
+            if victim is None:
+                return self._slab.lease(nbytes) if self._slab.trim() else None
+            self._evict(victim)
+        return lease
+
+    def _leaving(self, short: int, spare: Spare) -> list[Entry] | None:
+        """The entries to evict for `short` bytes, or None where all that may leave are not enough."""
+        leaving: list[Entry] = []
+        victims = self._victims(spare)
+        while short > 0:
+            victim = next(victims, None)
+            if victim is None:
+                return None
+            leaving.append(victim)
+            short -= victim.record.occupied
+        return leaving
+
+    def _victims(self, spare: Spare) -> Iterator[Entry]:
+        for key in self._policy.victims():
+            entry = self.entries[key]
+            if not entry.loading and key not in self._pins and spare(entry):
+                yield entry
+
+    def _evict(self, entry: Entry) -> None:
+        self.remove(entry)
+        self._on_evict(entry)
