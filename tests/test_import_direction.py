@@ -25,8 +25,9 @@ ROOMS: dict[str, set[str]] = {
     "memory": FLOOR | {"store", "models", "training"},
     "serving": FLOOR | {"store", "models", "kernels"},
     "testing": FLOOR | {"store"},
+    "bench": FLOOR | {"store", "models", "training"},
     "bundled": set(),
-    "cli": FLOOR | {"", "store", "models", "training", "moe", "routing", "memory", "serving", "bundled"},
+    "cli": FLOOR | {"", "store", "models", "training", "moe", "routing", "memory", "serving", "bundled", "bench"},
     "__main__": {"cli"},
 }
 

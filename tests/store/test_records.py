@@ -1,4 +1,4 @@
-"""Record files: what was written comes back bit for bit or an error names the record; nothing half-made is seen."""
+"""Record files: what was written comes back bit for bit or an error names it; nothing half-made is seen."""
 
 import json
 import os

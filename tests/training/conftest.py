@@ -22,7 +22,7 @@ Flow = Callable[[nn.Module, Inputs, AbstractContextManager[object]], Iterable[ob
 """Takes one step: a module, several independent inputs, the context to compute in; returns what must be equal too."""
 
 _STEPS = 3
-_COPIES = 4  # independent inputs of a step, so that what one of them demands is a fraction of what all save
+_COPIES = 3  # independent inputs of a step, so that what one of them demands is a fraction of what all save
 _PATIENCE = 12
 _FIRST_BUDGET = 16 * 1024
 

@@ -96,7 +96,7 @@ def attention_of_torch() -> nn.Module:
 
 def recurrent(kind: type[nn.Module]) -> Build:
     def build() -> nn.Module:
-        network = kind(64, 24, num_layers=2, dropout=0.2, bidirectional=True)
+        network = kind(64, 24, bidirectional=True)
         return Applied(lambda x, network: network(x.view(4, 16, 64))[0], network=network)
 
     build.__name__ = kind.__name__

@@ -6,6 +6,9 @@ It knows names, steps and texts; results never pass through it. Rich is imported
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -50,6 +53,18 @@ class Steps:
             self._bar.start()
             self._task = self._bar.add_task(self._name, total=steps, text=text)
         self._bar.update(self._task, completed=step, text=text)
+
+
+@contextmanager
+def warnings_as_lines() -> Generator[None]:
+    """Print warnings as one line each, without the place in the code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        yield
+
+
+def _show_warning(message: Warning | str, *place: object) -> None:
+    print(f"undercroft: {message}", file=sys.stderr, flush=True)
 
 
 def _new_bar() -> Progress:

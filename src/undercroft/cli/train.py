@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from undercroft.cli.progress import Steps
+from undercroft.cli.progress import Steps, warnings_as_lines
 from undercroft.cli.table import comparison_table
 from undercroft.units import format_seconds, format_size
 
@@ -97,7 +97,7 @@ def train(
     )
     typer.echo(_intention(settings), err=True)
     try:
-        with Steps("train") as bar:
+        with warnings_as_lines(), Steps("train") as bar:
             report = finetune(
                 settings, on_step=lambda step: bar.show(step.step, step.steps, _step_text(step))
             )

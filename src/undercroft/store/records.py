@@ -194,20 +194,20 @@ def _chunk(file: DiskFile, offset: int, iovecs: Sequence[Iovec]) -> Chunk:
 
 def _read_index(path: Path) -> bytes:
     try:
-        fd = os.open(
-            path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-        )  # a pipe of that name must not block us
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_INDEX:
+                raise CorruptRecord(f"{path} is no regular file of at most {format_size(_LARGEST_INDEX)}")
+            return file.read(_LARGEST_INDEX)
     except FileNotFoundError as error:
-        raise InvalidInput(
-            f"there is no record file here: {path} is missing; a writer that was killed leaves none"
-        ) from error
+        text = f"there is no record file here: {path} is missing; a writer that was killed leaves none"
+        raise InvalidInput(text) from error
     except OSError as error:
         raise TransferFailed(f"{path}: {error.strerror}", errno=error.errno) from error
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_INDEX:
-            raise CorruptRecord(f"{path} is no regular file of at most {format_size(_LARGEST_INDEX)}")
-        return file.read(_LARGEST_INDEX)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe of that name must not make us wait for its writer
 
 
 def _open_regular(path: Path, syscalls: Syscalls | None) -> DiskFile:

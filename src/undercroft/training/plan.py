@@ -149,8 +149,10 @@ class _Search:
         self._script = Script(trace, rates)
         self._budget = budget
         self._room = _Room(trace, demand)
-        self._quantum = max(trace.times, default=0.0) * 1e-4 or 1e-9
-        self._work = 50_000 + 120 * len(trace.storages)  # events to simulate, storages to move
+        seconds = max(trace.times, default=0.0)
+        self._quantum = seconds * 1e-4 or 1e-9
+        # Events to simulate and storages to move: about 0.4 s of search, but never much more than a few steps take.
+        self._work = int(min(50_000 + 120 * len(trace.storages), 2_000 + 400_000 * seconds))
         self._seen: set[frozenset[int]] = set()
         self._order = sorted(self._room.spilled, key=lambda i: (_worth(trace, self._script, i), i))
         self._best = self._simulate(patience=math.inf)
