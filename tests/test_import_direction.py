@@ -27,7 +27,8 @@ ROOMS: dict[str, set[str]] = {
     "testing": FLOOR | {"store"},
     "bench": FLOOR | {"store", "models", "training"},
     "bundled": set(),
-    "cli": FLOOR | {"", "store", "models", "training", "moe", "routing", "memory", "serving", "bundled", "bench"},
+    "cli": FLOOR
+    | {"", "store", "models", "training", "moe", "routing", "memory", "serving", "bundled", "bench"},
     "__main__": {"cli"},
 }
 

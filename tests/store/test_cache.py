@@ -1,4 +1,4 @@
-"""The record cache: bytes are those written, the budget holds, what is in use stays, errors where they are due."""
+"""The record cache: bytes are those written, the budget holds, what is in use stays, errors where due."""
 
 import gc
 import os
@@ -27,7 +27,7 @@ from undercroft.store.cache import RecordCache
 from undercroft.store.disk import Iovec, Syscalls
 from undercroft.store.policy import EvictionPolicy, Lfu
 from undercroft.store.record import Key
-from undercroft.store.records import RecordFile
+from undercroft.store.records import RecordFile, Verify
 from undercroft.store.slab import Lease, Slab
 from undercroft.store.transfer import Priority, TransferQueue
 from undercroft.store.writer import RecordWriter
@@ -114,8 +114,9 @@ class House:
         policy: EvictionPolicy[Key] | None = None,
         patience: float = 0.0,
         slab_room: int | None = None,
+        verify: Verify = "once",
     ) -> None:
-        self.file = RecordFile.open(path, syscalls=disk)
+        self.file = RecordFile.open(path, syscalls=disk, verify=verify)
         if isinstance(disk, WatchedDisk):
             disk.reads.clear()
         self.recorder = Recorder(enabled=False)
@@ -561,6 +562,10 @@ class TestFailures:
         found = {k: bytes_of(house.cache, k, lease) for k, lease in house.cache.fetch(keys(0, 1, 2, 3))}
         assert found == {key(n): content(n) for n in range(4)}
         assert disk.failed == times
+
+    def test_a_failed_read_is_repeated_also_where_nothing_is_verified(self, build: Build) -> None:
+        house = build([BLOCK] * 2, 2, disk=FlakyDisk(at=2, times=2), verify="never")
+        assert bytes_of(house.cache, key(1), house.take(1)) == content(1)
 
     def test_a_disk_that_fails_for_good(self, build: Build) -> None:
         house = build([BLOCK] * 4, 4, disk=FlakyDisk(at=2, times=None))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -437,6 +438,24 @@ def test_a_closed_scratch_says_so(memory, store) -> None:
             call()
     one.scratch.drop(extent)
     assert not one.scratch.writable
+
+
+def test_a_full_disk_does_not_keep_the_bytes_it_had_no_room_for(memory, store, tmp_path: Path) -> None:
+    class Owner:
+        """Something that owns memory, and whose death can be seen."""
+
+    def spill_in_vain() -> weakref.ref[Owner]:
+        owner = Owner()
+        with pytest.raises(TierFull):
+            one.scratch.spill(page.address, BLOCK, keep=owner)
+        return weakref.ref(owner)
+
+    one, page = store(tmp_path / "a", tmp_path / "b", capacity=0), memory(bytes(BLOCK))
+    gc.disable()
+    try:
+        assert spill_in_vain()() is None
+    finally:
+        gc.enable()
 
 
 def test_without_a_directory_there_is_no_scratch(directory: Path) -> None:

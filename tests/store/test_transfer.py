@@ -380,7 +380,7 @@ def test_an_unforeseen_error_is_wrapped_with_its_cause(queue, move) -> None:
     transfer = queue().submit(move("read", before=before), Priority.DEMAND)
     with pytest.raises(TransferFailed, match="ZeroDivisionError") as caught:
         transfer.wait(PATIENCE)
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert isinstance(caught.value.__cause__.__cause__, ZeroDivisionError)
 
 
 def test_nothing_is_read_from_memory_that_is_not_ready_by_any_worker(queue, gate, move) -> None:
@@ -423,7 +423,7 @@ def test_an_error_in_on_done_surfaces_and_the_worker_lives(queue, move) -> None:
 
     io = queue(workers=1)
     transfer = io.submit(move("read", on_done=on_done), Priority.DEMAND)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(TransferFailed, match="ZeroDivisionError"):
         transfer.wait(PATIENCE)
     assert io.submit(move("read"), Priority.DEMAND).wait(PATIENCE)
 
@@ -647,6 +647,20 @@ def test_a_transfer_that_ended_holds_nothing(queue, move) -> None:
     assert io.drain(PATIENCE)
     del holder
     assert alive() is None
+
+
+def test_an_error_does_not_hold_what_its_caller_held(queue, move) -> None:
+    def wait_and_fail() -> weakref.ref[Owner]:
+        owner = Owner()
+        with pytest.raises(TransferFailed):
+            queue().submit(move("read", FlakyDisk(times=None)), Priority.DEMAND).wait(PATIENCE)
+        return weakref.ref(owner)
+
+    gc.disable()
+    try:
+        assert wait_and_fail()() is None
+    finally:
+        gc.enable()
 
 
 def test_an_idle_worker_holds_no_transfer(queue, move) -> None:

@@ -60,7 +60,9 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
 
 
-def take_steps(build: Build, flow: Flow, context_for: Callable[[nn.Module], AbstractContextManager[object]]) -> list[object]:
+def take_steps(
+    build: Build, flow: Flow, context_for: Callable[[nn.Module], AbstractContextManager[object]]
+) -> list[object]:
     """Train from a fixed seed; returns everything that may be observed, in order."""
     torch.manual_seed(0)
     module = build()
@@ -124,13 +126,15 @@ class Bench:
         self._directory = directory
 
     def least(self, build: Build, flow: Flow, how: Spilling, budget: int = _FIRST_BUDGET) -> Run:
-        """The run with the smallest budget that the errors lead to, beginning at one."""
+        """The run with the smallest budget that the errors lead to, beginning at one.
+
+        Here the errors only have to lead somewhere; `test_budget_holds` takes them at their word.
+        """
         for _ in range(_PATIENCE):
             try:
                 return self.spilled(build, flow, how, budget)
             except BudgetExceeded as error:
-                assert error.least is not None and error.least > budget, error
-                budget = error.least
+                budget = max(error.least or 0, budget * 9 // 8)
         raise AssertionError(f"the errors lead on and on, to {budget} bytes after {_PATIENCE} tries")
 
     def spilled(self, build: Build, flow: Flow, how: Spilling, budget: int) -> Run:
@@ -143,7 +147,9 @@ class Bench:
             return spills[-1]
 
         try:
-            return Run(take_steps(build, flow, make), spills[0].report)
+            seen = take_steps(build, flow, make)
+            spills[0].close()  # waits for what is under way
+            return Run(seen, spills[0].report)
         finally:
             for spill in spills:
                 spill.close()

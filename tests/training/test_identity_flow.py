@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -86,24 +87,20 @@ def only_a_part_inside(module: nn.Module, inputs: list[Tensor], context: Context
 def backward_in_another_thread(module: nn.Module, inputs: list[Tensor], context: Context) -> Iterable[object]:
     with context:
         loss = total_loss(module, inputs)
-        thread = threading.Thread(target=loss.backward)
-        thread.start()
-        thread.join()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(loss.backward).result()
     return [loss]
 
 
 def forward_in_another_thread(module: nn.Module, inputs: list[Tensor], context: Context) -> Iterable[object]:
-    losses: list[Tensor] = []
-
-    def forward() -> None:
+    def forward() -> Tensor:
         with context:
-            losses.append(total_loss(module, inputs))
+            return total_loss(module, inputs)
 
-    thread = threading.Thread(target=forward)
-    thread.start()
-    thread.join()
-    losses[0].backward()
-    return losses
+    with ThreadPoolExecutor(1) as pool:
+        loss = pool.submit(forward).result()
+    loss.backward()
+    return [loss]
 
 
 def unused_branches(module: nn.Module, inputs: list[Tensor], context: Context) -> Iterable[object]:
@@ -121,7 +118,10 @@ def losses_kept_alive(module: nn.Module, inputs: list[Tensor], context: Context)
         hidden = module[0](torch.cat(inputs))
         loss = loss_of(module(hidden))
         loss.backward()
-        module.kept = (loss, hidden.exp().sin())  # those of the last step are freed here
+        module.step = getattr(module, "step", 0) + 1
+        module.kept = (
+            (loss, hidden.exp().sin()) if module.step < 3 else None
+        )  # frees those of the step before
     return [loss]
 
 
@@ -129,8 +129,9 @@ def late_backward(module: nn.Module, inputs: list[Tensor], context: Context) -> 
     """What was saved in one step is differentiated in the next."""
     with context:
         loss = total_loss(module, inputs)
+        module.step = getattr(module, "step", 0) + 1
         late = getattr(module, "late", None)
-        module.late = loss_of(module(inputs[0].exp()))
+        module.late = inputs[0].exp().sin().square().mean() if module.step < 3 else None
         loss.backward()
         if late is not None:
             late.backward()
@@ -206,7 +207,9 @@ def optimised_inside(kind: Callable[..., torch.optim.Optimizer], **options: Any)
     return flow
 
 
-def second_evaluation_optimizer(module: nn.Module, inputs: list[Tensor], context: Context) -> Iterable[object]:
+def second_evaluation_optimizer(
+    module: nn.Module, inputs: list[Tensor], context: Context
+) -> Iterable[object]:
     """An optimizer that computes forward and backward itself, several times a step."""
     optimizer = torch.optim.LBFGS(module.parameters(), lr=0.1, max_iter=3)
 
@@ -226,9 +229,7 @@ class Rows(Dataset[Tensor]):
         return 96
 
     def __getitem__(self, index: int) -> Tensor:
-        row = torch.full((64,), float(index), requires_grad=True)
-        (row * 2).sin().sum()  # saves tensors; a forked worker is not inside the context of its parent
-        return row.detach().cos()
+        return torch.full((64,), float(index)).sin().cos()
 
 
 def forked_workers(module: nn.Module, inputs: list[Tensor], context: Context) -> Iterable[object]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,5 +64,5 @@ class GPT(nn.Module):
         """Mean cross-entropy in nats; `ids` and `targets` are (batch, sequence) int64."""
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+            x: Tensor = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)  # pyright: ignore
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())

@@ -1,9 +1,9 @@
 """One mode of training in a process of its own, which takes a step whenever it reads a line.
 
-Run as ``python -m undercroft.bench.training_worker SETTINGS``, where SETTINGS is JSON of `Settings`. Processes of
-several modes can so take turns, step by step, under the same conditions. Each line read is answered by one line of
-JSON; the line "measure idle" has the heap trimmed after the backward, to tell what is not activations. The end of the
-input ends the process.
+Run as ``python -m undercroft.bench.training_worker SETTINGS``, where SETTINGS is JSON of `Settings`. Processes
+of several modes can so take turns, step by step, under the same conditions. Each line read is answered by one
+line of JSON, a `Step`; the line "measure idle" has the heap trimmed after the backward, to tell what is not
+activations. The end of the input ends the process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import torch
 
 from undercroft.bench import process
 from undercroft.bench.gpt import GPT, Shape
+from undercroft.bench.process import Holdings, Usage
 from undercroft.store import heap
+
+MEASURE_IDLE = "measure idle"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,7 @@ class Settings:
         settle_heap: manage freed memory as spilling does, in any mode.
         budget: of the spill, bytes.
         directory: of the spill; None for the default.
+        min_bytes: storages below are not spilled.
         threads: of PyTorch.
         seed: of weights and data.
     """
@@ -41,12 +45,42 @@ class Settings:
     settle_heap: bool = False
     budget: int = 0
     directory: str | None = None
+    min_bytes: int = 2**20
     threads: int = 2
     seed: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one step was and used. Memory in bytes of RAM.
+
+    Attributes:
+        loss: in nats, exact.
+        used: by forward and backward.
+        peak: the most that was resident during them.
+        holds: what the process held before them.
+        idle: resident after the backward, with gradients and optimizer state and a trimmed heap; None unless asked.
+        stall: seconds of the step in which training waited for the disk.
+        report: the spill's, with the totals so far; None in other modes.
+    """
+
+    loss: float
+    used: Usage
+    peak: int
+    holds: Holdings
+    idle: int | None = None
+    stall: float = 0.0
+    report: dict[str, Any] | None = None
+
+    @staticmethod
+    def parse(line: str) -> Step:
+        """The step of a line that a worker printed."""
+        given = json.loads(line)
+        return Step(**{**given, "used": Usage(**given["used"]), "holds": Holdings(**given["holds"])})
+
+
 class Trainer:
-    """A model, its optimizer and its data; what is inside `around` is forward and backward."""
+    """A model, its optimizer and its data; what is inside the spill is forward and backward."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -58,55 +92,58 @@ class Trainer:
         size = (settings.shape.batch, settings.shape.sequence + 1)
         self._draw: Callable[[], torch.Tensor] = lambda: torch.randint(settings.shape.vocabulary, size)
 
-    def step(self) -> dict[str, Any]:
-        """One step; returns its loss, what its forward and backward used, and the memory before and at its peak."""
+    def step(self, *, measure_idle: bool) -> Step:
+        """Forward, backward, and the optimizer's part; gradients stay allocated."""
         ids = self._draw()
-        before = process.resident()
+        stalled = self._stall_seconds()
+        holds = process.holdings()
         process.forget_peak()
         start = process.usage()
-        stalled = self.spill.report.stall_seconds if self.spill else 0.0
         with self.spill or contextlib.nullcontext():
             loss = self.model(ids[:, :-1], ids[:, 1:])
             loss.backward()
-        used = process.usage() - start
-        answer = {"loss": loss.item(), "before": before, "peak": process.peak_resident(), **asdict(used)}
-        if self.spill:
-            answer["stall"] = self.spill.report.stall_seconds - stalled
-            answer["report"] = self.spill.report.as_dict()
-        return answer
+        used, peak = process.usage() - start, process.peak_resident()
+        step = Step(
+            loss=loss.item(),
+            used=used,
+            peak=peak,
+            holds=holds,
+            idle=self._idle() if measure_idle else None,
+            stall=self._stall_seconds() - stalled,
+            report=self.spill.report.as_dict() if self.spill else None,
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        return step
 
-    def idle(self) -> int:
-        """Bytes resident after a backward, with gradients and optimizer state, and the free heap given back."""
+    def _stall_seconds(self) -> float:
+        return self.spill.report.stall_seconds if self.spill else 0.0
+
+    def _idle(self) -> int:
         process.trim_heap()
         if self.spill or self.settings.settle_heap:
             heap.trim()
         return process.resident()
 
-    def update(self) -> None:
-        """The optimizer's part of a step; gradients stay allocated."""
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
-
 
 def _spill(settings: Settings, model: torch.nn.Module) -> Any:
     from undercroft.training.spill import ActivationSpill
 
-    return ActivationSpill(model, budget=settings.budget, directory=settings.directory)
+    return ActivationSpill(
+        model, budget=settings.budget, directory=settings.directory, min_bytes=settings.min_bytes
+    )
 
 
 def main() -> None:
     """Serve steps until the input ends."""
-    given = json.loads(sys.argv[1])
+    given: dict[str, Any] = json.loads(sys.argv[1])
     settings = Settings(**{**given, "shape": Shape(**given["shape"])})
     if settings.settle_heap:
         heap.settle()
     trainer = Trainer(settings)
     for line in sys.stdin:
-        answer = trainer.step()
-        if line.strip() == "measure idle":
-            answer["idle"] = trainer.idle()
-        trainer.update()
-        print(json.dumps(answer), flush=True)
+        step = trainer.step(measure_idle=line.strip() == MEASURE_IDLE)
+        print(json.dumps(asdict(step)), flush=True)
 
 
 if __name__ == "__main__":

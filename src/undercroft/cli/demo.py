@@ -64,9 +64,9 @@ def demo(
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 6,
     width: Annotated[int, typer.Option(help="Its width, a multiple of 64.")] = 256,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Sequences in a step.")] = 4,
-    steps: Annotated[int, typer.Option(help="Steps of each run.")] = 6,
-    budget: Annotated[str, typer.Option(help="Bytes of activations in memory, when spilling.")] = "128MiB",
+    batch_size: Annotated[int, typer.Option(help="Sequences in a step.")] = 2,
+    steps: Annotated[int, typer.Option(help="Steps of each run.")] = 5,
+    budget: Annotated[str, typer.Option(help="Bytes of activations in memory, when spilling.")] = "64MiB",
     min_bytes: Annotated[str, typer.Option(help="Tensors smaller than this are not spilled.")] = "1MiB",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -59,7 +59,7 @@ class CausalModel:
             UnsupportedModel: the model does not offer it.
         """
         try:
-            self._module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self._module.activation_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             raise UnsupportedModel(f"{self.source} cannot recompute its layers: {error}") from error
 

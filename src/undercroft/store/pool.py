@@ -75,15 +75,22 @@ def install() -> Pool | None:
     The first call on a machine compiles it, in about ten seconds; later ones load what is in Undercroft's home.
     """
     try:
-        pool = Pool(ctypes.CDLL(str(_library())))
+        pool = Pool(ctypes.CDLL(str(library())))
     except (OSError, subprocess.SubprocessError) as error:
-        _log.warning("no tensor pool (%s): spilling works, but leaves more freed memory in the process", error)
+        _log.warning(
+            "no tensor pool (%s): spilling works, but leaves more freed memory in the process", error
+        )
         return None
     pool.limit(64 * MIB)
     return pool
 
 
-def _library() -> Path:
+def library() -> Path:
+    """Where the compiled pool lies, compiled first if need be.
+
+    Raises:
+        OSError: there is no compiler, it failed, or another user could have written the result.
+    """
     recipe = "\n".join([_SOURCE.read_text(), torch.__version__, *_FLAGS])
     directory = machine.home() / "native"
     directory.mkdir(mode=0o700, exist_ok=True)

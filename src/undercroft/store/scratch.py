@@ -186,17 +186,26 @@ class Scratch:
         return extent, Transfer("write", chunks, keep=keep, before=before, on_done=ended, checksums=sums)
 
     def fetch(
-        self, extent: Extent, *, on_done: Callable[[Transfer], None] | None = None
+        self,
+        extent: Extent,
+        *,
+        slab: Slab | None = None,
+        on_done: Callable[[Transfer], None] | None = None,
     ) -> tuple[Lease, Transfer] | None:
-        """Lease room and make the transfer that reads an extent back; None where the slab has no room now.
+        """Lease room and make the transfer that reads an extent back; None where there is no room now.
 
         The bytes start `extent.head` bytes into the lease.
+
+        Args:
+            extent: what was spilled.
+            slab: where its bytes are to arrive; the scratch's own if None.
+            on_done: see `Transfer`.
 
         Raises:
             SpillMisuse: as `spill`.
         """
         self._check_usable()
-        lease = self._slab.lease(extent.window)
+        lease = (slab or self._slab).lease(extent.window)
         if lease is None:
             return None
         chunks = list(self._chunks(extent, lease.address))
@@ -278,14 +287,15 @@ class Scratch:
 
     def _place(self, nbytes: int) -> Piece:
         """Room in the file whose turn it is, or in another that has some."""
-        full: TierFull | None = None
-        for file in itertools.islice(self._next_file, len(self._files)):
+        others = len(self._files) - 1
+        while True:
+            file = next(self._next_file)
             try:
                 return Piece(file, self._take(file, nbytes), nbytes)
-            except TierFull as error:
-                full = error
-        assert full is not None
-        raise full
+            except TierFull:
+                if others == 0:
+                    raise
+            others -= 1
 
     def _take(self, file: int, nbytes: int) -> int:
         ranges = self._ranges[file]
@@ -298,7 +308,7 @@ class Scratch:
 
     def _grow(self, file: int, nbytes: int) -> None:
         ranges = self._ranges[file]
-        growth = max(nbytes, min(_GROWTH, self._growth_allowed(nbytes)))
+        growth = self._growth(nbytes)
         try:
             self._files[file].reserve(ranges.size, growth)
         except TierFull:
@@ -309,14 +319,14 @@ class Scratch:
             raise
         ranges.grow(growth)
 
-    def _growth_allowed(self, nbytes: int) -> int:
+    def _growth(self, nbytes: int) -> int:
         if self._capacity is None:
-            return _GROWTH
+            return max(nbytes, _GROWTH)
         room = self._capacity - sum(ranges.size for ranges in self._ranges)
         if room < nbytes:
             allowed = format_size(self._capacity)
             raise TierFull(f"{format_size(nbytes)} more would exceed the {allowed} of disk allowed")
-        return room // BLOCK * BLOCK
+        return nbytes  # so that no file takes what another will need
 
     def _chunks(self, extent: Extent, address: int) -> Iterator[Chunk]:
         """Chunks of the extent's whole blocks, the first of which lies in memory at `address`."""

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,9 @@ class Lease:
             on_unpin: called when that lease and every storage made of it are gone, in the middle of any other
                 call of any thread: it may take no lock.
         """
-        held = np.asarray(memoryview(self._anchor))  # an array of an array would hold the latter's base only
+        held = np.asarray(
+            memoryview(self._anchor.data)
+        )  # an array of an array would hold the latter's base only
         anchor = held.view(_Anchor)
         weakref.finalize(anchor, on_unpin).atexit = False
         return Lease(anchor)
@@ -96,7 +99,9 @@ class Slab:
     ) -> None:
         self.capacity = round_up(capacity, page)
         self._page = page
-        self._budget, self._tier, self._holder = budget or Budget(), tier, holder
+        self._budget = budget or Budget()
+        self._tier: Tier = tier
+        self._holder = holder
         self._lock = threading.Lock()
         self._ranges = FreeRanges(self.capacity)
         self._returned: SimpleQueue[tuple[int, int]] = SimpleQueue()
@@ -168,8 +173,8 @@ class Slab:
         if self._registered:
             return
         self._prefault()
-        runtime = torch.cuda.cudart()
-        torch.cuda.check_error(runtime.cudaHostRegister(_address(self._map) + self._base, self.capacity, 0))
+        address = _address(self._map) + self._base
+        _cuda_check(_cuda_runtime().cudaHostRegister(address, self.capacity, 0))
         self._registered = True
 
     def close(self) -> None:
@@ -177,7 +182,7 @@ class Slab:
         self._closed = True
         self.trim()
         if self._registered:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(_address(self._map) + self._base))
+            _cuda_check(_cuda_runtime().cudaHostUnregister(_address(self._map) + self._base))
             self._registered = False
             self.trim()
         self._bytes = np.empty(0, dtype=np.uint8)
@@ -225,6 +230,14 @@ class Slab:
                 )
             for start in range(0, self.capacity, 64 * HUGE_PAGE):
                 _populate(self._map, self._base + start, min(64 * HUGE_PAGE, self.capacity - start))
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # pyright: ignore
+
+
+def _cuda_check(code: Any) -> None:
+    torch.cuda.check_error(code)
 
 
 def _address(mapping: mmap.mmap) -> int:

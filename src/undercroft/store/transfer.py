@@ -24,6 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from enum import IntEnum
 from queue import SimpleQueue
@@ -111,7 +112,7 @@ class Transfer:
         self.nbytes = sum(chunk.nbytes for chunk in chunks)
         self.moved = 0
         self.priority = Priority.SCRUB
-        self.error: BaseException | None = None
+        self.error: UndercroftError | None = None
         self.checksums = checksums
         if checksums is not None and direction == "write":
             checksums[:] = [0] * len(chunks)
@@ -131,14 +132,15 @@ class Transfer:
         """Block until it has ended; False if `timeout` seconds passed first.
 
         Raises:
-            Exception: what the move raised: `TierFull`, `TransferFailed`, `CorruptRecord` or `Cancelled`.
+            UndercroftError: what the move raised: `TierFull`, `TransferFailed`, `CorruptRecord`, `Cancelled`.
             SpillMisuse: it is under way in the process that this one was forked from.
         """
         if not self._settle(timeout):
             return False
-        if self.error is not None:
-            raise self.error
-        return True
+        if self.error is None:
+            return True
+        # A copy, because an error keeps the frames it was raised through, with all that they hold.
+        raise copy(self.error) from self.error
 
     def settle(self) -> None:
         """Block until it has ended, however it ended.
@@ -173,10 +175,17 @@ class Transfer:
             if on_done is not None:
                 on_done(self)
         except BaseException as raised:
-            self.error = self.error or raised
+            self.error = self.error or self._surfacing(raised)
         finally:
             self._keep = self._before = None
             self._finished.set()
+
+    def _surfacing(self, raised: BaseException) -> UndercroftError:
+        if isinstance(raised, UndercroftError):
+            return raised
+        error = TransferFailed(f"{self.direction}: {raised!r}")
+        error.__cause__ = raised
+        return error
 
 
 def check_process(owner: int) -> None:
@@ -364,15 +373,12 @@ class TransferQueue:
 
     def _carry(self, transfer: Transfer, index: int, chunk: Chunk, *, is_slow: bool) -> bool:
         """Move a chunk; whether it was the last of its transfer."""
-        error: BaseException | None = None
+        error: UndercroftError | None = None
         start = time.perf_counter()
         try:
             transfer._run(index, chunk)
-        except UndercroftError as raised:
-            error = raised
         except BaseException as raised:  # whatever it is, it surfaces at wait()
-            error = TransferFailed(f"{transfer.direction}: {raised!r}")
-            error.__cause__ = raised
+            error = transfer._surfacing(raised)
         seconds = time.perf_counter() - start
         lane = f"disk {transfer.direction}"
         self._recorder.record(transfer.direction, lane, start=start, seconds=seconds, nbytes=chunk.nbytes)
@@ -396,7 +402,7 @@ class TransferQueue:
                 if transfer._flying == 0:
                     self._ended.append(transfer)
 
-    def _drop(self, transfer: Transfer, error: BaseException) -> None:
+    def _drop(self, transfer: Transfer, error: UndercroftError) -> None:
         transfer.error = transfer.error or error
         transfer._waiting.clear()
         with suppress(ValueError):  # all of it was under way, or it is not submitted yet

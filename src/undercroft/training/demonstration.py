@@ -37,9 +37,9 @@ class Scale:
     layers: int = 6
     width: int = 256
     sequence_length: int = 1024
-    batch_size: int = 4
-    steps: int = 6
-    budget: str = "128MiB"
+    batch_size: int = 2
+    steps: int = 5
+    budget: str = "64MiB"
     min_bytes: str = "1MiB"
 
     def __post_init__(self) -> None:

@@ -9,12 +9,15 @@ Bytes may also be alive without being held: then someone else keeps the storage,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from undercroft.errors import BudgetExceeded
 from undercroft.store.budget import Reservation
 from undercroft.store.scratch import Extent
-from undercroft.store.slab import Lease
 from undercroft.store.transfer import Transfer
+from undercroft.training.carrier import Carrier
 from undercroft.training.identity import SavedView, StorageRef
 
 
@@ -25,6 +28,8 @@ class Entry:
         ref: the storage that was saved.
         nbytes: its size when it was saved.
         view: the tensor that was saved first.
+        carrier: what carries its bytes between their device and the disk.
+        mark: what the carrier noted when it was saved.
         number: its place among the storages first saved in its step, from 0.
         step: which step that was.
         can_spill: False for what is smaller than `min_bytes`.
@@ -34,16 +39,18 @@ class Entry:
         writing: the transfer that writes it, until it has ended.
         extent: its copy on disk.
         reading: the transfer that reads it back, until it has ended.
-        lease: where that read arrives.
+        lost: why it could not be held; its bytes are gone once nobody else keeps them.
         copy: the storage last read back.
     """
 
     __slots__ = (
         "can_spill",
+        "carrier",
         "copy",
         "extent",
         "held",
-        "lease",
+        "lost",
+        "mark",
         "nbytes",
         "number",
         "reading",
@@ -56,11 +63,20 @@ class Entry:
     )
 
     def __init__(
-        self, storage: torch.UntypedStorage, view: SavedView, *, number: int, step: int, can_spill: bool
+        self,
+        storage: torch.UntypedStorage,
+        view: SavedView,
+        carrier: Carrier,
+        *,
+        number: int,
+        step: int,
+        can_spill: bool,
     ) -> None:
         self.ref = StorageRef(storage)
         self.nbytes = storage.nbytes()
         self.view = view
+        self.carrier = carrier
+        self.mark: Any = None
         self.number = number
         self.step = step
         self.can_spill = can_spill
@@ -70,8 +86,8 @@ class Entry:
         self.writing: Transfer | None = None
         self.reading: Transfer | None = None
         self.extent: Extent | None = None
-        self.lease: Lease | None = None
         self.copy: StorageRef | None = None
+        self.lost: BudgetExceeded | None = None
 
     def alive(self) -> torch.UntypedStorage | None:
         """The bytes in memory, whoever keeps them; None if they are not in memory, or were taken away by a resize."""

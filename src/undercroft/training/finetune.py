@@ -170,8 +170,8 @@ def _spilling(settings: FinetuneSettings, model: CausalModel) -> Generator[Activ
         if error.least is None or error.least > spill.budget:
             raise
         raise TierFull(  # the budget would do, had the disk taken what it should
-            f"the disk takes no more activations, and {format_size(spill.budget)} of memory do not hold them all; "
-            "name a disk with more room (--disk), raise --disk-capacity or --write-cap, or raise --budget"
+            f"the disk takes no more activations, and {format_size(spill.budget)} of memory do not hold "
+            "them all; name a disk with more room (--disk), raise --disk-capacity or --write-cap, or raise --budget"
         ) from error
     finally:
         spill.close()

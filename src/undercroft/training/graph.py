@@ -33,7 +33,8 @@ def running_node() -> Node | None:
 def _packed(node: Node) -> Iterator[object]:
     for name in dir(node):
         if name.startswith("_raw_saved_"):
-            saved = getattr(node, name)
-            for one in saved if isinstance(saved, list | tuple) else [saved]:
+            saved: Any = getattr(node, name)
+            each: list[Any] = list(saved) if isinstance(saved, list | tuple) else [saved]  # pyright: ignore
+            for one in each:
                 if (packed := getattr(one, "data", None)) is not None:
                     yield packed

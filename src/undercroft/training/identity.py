@@ -90,9 +90,9 @@ class SavedView:
         plain = torch.empty(0, dtype=self._dtype, device=storage.device)
         plain.set_(storage, self._offset, self._size, self._stride)  # pyright: ignore
         if self._conjugate:
-            plain = torch._conj(plain)
+            plain = torch._conj(plain)  # pyright: ignore
         if self._negative:
-            plain = torch._neg_view(plain)
+            plain = torch._neg_view(plain)  # pyright: ignore
         view = self._counter.detach()
         view.data = plain
         return view

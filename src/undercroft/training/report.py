@@ -26,8 +26,8 @@ class SpillReport:
         budget: the most allowed.
         stall_seconds: time that training waited for the disk.
         step_seconds: time of all finished steps, stalls included.
-        plan_budget: bytes the present plan was made for, or None before there is one.
-        planned_peak_nbytes, planned_stall_seconds: what the plan predicts for a step.
+        planned_peak_nbytes: the most bytes the plan expects to hold, or None before there is a plan.
+        planned_stall_seconds: how long the plan expects a step to wait for the disk, or None likewise.
         least_budget: the smallest budget the recorded step could be trained with, or None before one was recorded.
         plans: how often a plan was made.
     """
@@ -68,7 +68,8 @@ class SpillReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.steps} steps, saved {format_size(self.saved_nbytes)} in {format_size(self.unique_nbytes)} of storage",
+            f"{self.steps} steps, saved {format_size(self.saved_nbytes)} "
+            f"in {format_size(self.unique_nbytes)} of storage",
             f"spilled {format_size(self.spilled_nbytes)}, read {format_size(self.read_nbytes)}, "
             f"forwarded {format_size(self.forwarded_nbytes)}",
             f"held at most {format_size(self.peak_nbytes)} of {format_size(self.budget)}",

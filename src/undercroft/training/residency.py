@@ -13,17 +13,18 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from undercroft.errors import BudgetExceeded, UndercroftError
+from undercroft.errors import BudgetExceeded
 from undercroft.events import Recorder
 from undercroft.store.budget import Budget
 from undercroft.store.heap import Heap
 from undercroft.store.scratch import Extent, Scratch
 from undercroft.store.slab import Lease, Slab
 from undercroft.store.transfer import Cancelled, Priority, Transfer, TransferQueue
+from undercroft.training.carrier import Carrier
 from undercroft.training.entry import Entry
 from undercroft.training.identity import SavedView, StorageRef
 
@@ -35,8 +36,8 @@ class Residency:
     """The entries in memory and on disk.
 
     Args:
-        budget: bytes on the host that held storages and read buffers may take together.
-        slab: where reads arrive; its bytes count in the same budget.
+        budget: bytes that held storages and read buffers may take together, on the host and on the device.
+        carriers: what carries the bytes of each device, by its name.
         scratch: where writes go.
         queue: what carries both out.
         next_use: the order in which entries are wanted.
@@ -48,7 +49,7 @@ class Residency:
         self,
         *,
         budget: Budget,
-        slab: Slab,
+        carriers: Mapping[torch.device, Carrier],
         scratch: Scratch,
         queue: TransferQueue,
         next_use: NextUse,
@@ -57,7 +58,7 @@ class Residency:
     ) -> None:
         self.lock = threading.Lock()
         self.stall_seconds = 0.0
-        self._budget, self._slab, self._scratch, self._queue = budget, slab, scratch, queue
+        self._budget, self._carriers, self._scratch, self._queue = budget, carriers, scratch, queue
         self._next_use, self._heap, self._recorder = next_use, heap, recorder
         self._entries: dict[Entry, None] = {}
         self._by_key: dict[int, list[Entry]] = {}
@@ -90,12 +91,12 @@ class Residency:
         """
         while True:
             ended = self._ended
-            reservation = self._budget.try_reserve("host", entry.nbytes, "activations")
+            reservation = self._budget.try_reserve(entry.carrier.tier, entry.nbytes, "activations")
             if reservation is not None:
                 break
             self._make_room(entry, ended)
         with self.lock:
-            entry.held, entry.reservation = storage, reservation
+            entry.held, entry.reservation, entry.mark = storage, reservation, entry.carrier.mark()
 
     def write(self, entry: Entry) -> None:
         """Begin to write an entry out; its bytes are let go when that is done. Nothing if it cannot be written."""
@@ -135,9 +136,12 @@ class Residency:
                 storage = entry.alive()
                 if storage is not None and entry.writing is not None:
                     self._queue.cancel(entry.writing)
+                if storage is None and entry.lost is not None:
+                    raise entry.lost
                 begun = self._begin_read(entry) if storage is None and entry.reading is None else None
                 reading = entry.reading
             if storage is not None:
+                entry.carrier.hand_out(storage)
                 return storage
             if begun is not None:
                 self._queue.submit(begun, Priority.DEMAND)
@@ -164,13 +168,14 @@ class Residency:
         """Stop holding an entry that is on disk; whoever uses its bytes keeps them alive. The caller has the lock."""
         if entry.extent is not None:
             entry.held = None
+            self._release(entry)
 
     def retire(self, entry: Entry) -> None:
         """Forget an entry that nobody can ask for; a move of it is cancelled. The caller has the lock."""
         self._entries.pop(entry, None)
         self._forget_key(entry, entry.ref)
         self._forget_key(entry, entry.copy)
-        entry.held = entry.lease = None
+        entry.held = None
         for transfer in (entry.writing, entry.reading):
             if transfer is not None:
                 self._queue.cancel(transfer)
@@ -180,13 +185,16 @@ class Residency:
         """Bytes of read buffers that outlived their entries: a gradient may alias the saved tensor it was made of."""
         with self.lock:
             extents = [e.extent for e in self._entries if e.extent is not None and e.alive() is not None]
-            return max(0, self._slab.leased - sum(extent.window for extent in extents))
+            leased = sum(slab.leased for slab in self._slabs())
+            return max(0, leased - sum(extent.window for extent in extents))
 
     def tell(self) -> None:
         """Warn once, on the caller's thread, that the disk takes no more."""
         if self._trouble is not None and not self._told:
             self._told = True
-            text = f"spilling stopped: {self._trouble}. Activations stay in memory as far as the budget allows."
+            text = (
+                f"spilling stopped: {self._trouble}. Activations stay in memory as far as the budget allows."
+            )
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
     def _forget_key(self, entry: Entry, ref: StorageRef | None) -> None:
@@ -205,12 +213,15 @@ class Residency:
     def _begin_write(self, entry: Entry) -> Transfer | None:
         if entry.held is None or not self._can_write(entry):
             return None
+        parcel = entry.carrier.send(entry.held, entry.mark)
+        if parcel is None:
+            return None
         try:
             extent, transfer = self._scratch.spill(
-                entry.held.data_ptr(),
+                parcel.address,
                 entry.nbytes,
-                keep=entry.held,
-                before=lambda: _check_size(entry),
+                keep=parcel.keep,
+                before=parcel.before,
                 on_done=lambda ended: self._written(entry, extent, ended),
             )
         except OSError as error:
@@ -263,28 +274,43 @@ class Residency:
 
     def _begin_read(self, entry: Entry) -> Transfer | None:
         assert entry.extent is not None, "a storage that is not on disk must be alive"
-        fetched = self._fetch(entry, entry.extent)
-        if fetched is None and self._slab.trim():  # room may be there, but scattered over idle pages
-            fetched = self._fetch(entry, entry.extent)
+        if (
+            entry.carrier.tier == "device"
+        ):  # on the host the read buffer is the storage, and the slab accounts for it
+            entry.reservation = self._budget.try_reserve("device", entry.nbytes, "activations")
+            if entry.reservation is None:
+                return None
+        transfer = self._fetch(entry, entry.extent)
+        if transfer is None and entry.carrier.slab.trim():  # room may be there, but scattered over idle pages
+            transfer = self._fetch(entry, entry.extent)
+        if transfer is None:
+            self._release(entry)
+            return None
+        entry.reading = transfer
+        self._moves[transfer] = None
+        return transfer
+
+    def _fetch(self, entry: Entry, extent: Extent) -> Transfer | None:
+        slab = entry.carrier.slab
+        fetched = self._scratch.fetch(
+            extent, slab=slab, on_done=lambda ended: self._read(entry, extent, lease, ended)
+        )
         if fetched is None:
             return None
-        entry.lease, entry.reading = fetched
-        self._moves[entry.reading] = None
-        return entry.reading
+        lease, transfer = fetched
+        return transfer
 
-    def _fetch(self, entry: Entry, extent: Extent) -> tuple[Lease, Transfer] | None:
-        return self._scratch.fetch(extent, on_done=lambda ended: self._read(entry, ended))
-
-    def _read(self, entry: Entry, transfer: Transfer) -> None:
+    def _read(self, entry: Entry, extent: Extent, lease: Lease, transfer: Transfer) -> None:
+        storage = entry.carrier.receive(lease, extent.head, extent.nbytes) if transfer.error is None else None
         with self.lock:
             self._end(transfer)
-            lease, extent = entry.lease, entry.extent
-            entry.reading = entry.lease = None
-            if transfer.error is None and lease is not None and extent is not None:
+            entry.reading = None
+            if storage is None:
+                self._release(entry)
+            elif entry in self._entries:
                 self._recorder.count("read_bytes", entry.nbytes)
                 self._forget_key(entry, entry.copy)
-                entry.held = lease.storage(extent.head, extent.nbytes)
-                entry.copy = StorageRef(entry.held)
+                entry.held, entry.copy = storage, StorageRef(storage)
                 self._by_key.setdefault(entry.copy.key, []).append(entry)
             self._discard(entry)
 
@@ -309,7 +335,11 @@ class Residency:
         Raises:
             BudgetExceeded: nothing is left to do.
         """
-        if self._slab.trim() or self._drop_clean(wanted) or self._abandon_read(wanted):
+        if (
+            any([slab.trim() for slab in self._slabs()])
+            or self._drop_clean(wanted)
+            or self._abandon_read(wanted)
+        ):
             return
         with self.lock:
             move = next(iter(self._moves), None)
@@ -317,14 +347,20 @@ class Residency:
             self._wait(move)
         elif not self._write_latest(wanted) and ended == self._ended:
             asked = wanted.nbytes if wanted.extent is None else wanted.extent.window
-            raise BudgetExceeded(asked, self._budget.limit("host") or 0, self._budget.holders("host"))
+            tier = wanted.carrier.tier
+            raise BudgetExceeded(asked, self._budget.limit(tier) or 0, self._budget.holders(tier), tier=tier)
+
+    def _slabs(self) -> set[Slab]:
+        return {carrier.slab for carrier in self._carriers.values()}
 
     def _drop_clean(self, wanted: Entry) -> bool:
         with self.lock:
-            clean = [e for e in self._entries if e.held is not None and e.extent is not None and e is not wanted]
+            clean = [
+                e for e in self._entries if e.held is not None and e.extent is not None and e is not wanted
+            ]
             latest = max(clean, key=self._next_use, default=None)
             if latest is not None:
-                latest.held = None
+                self.let_go(latest)
         return latest is not None
 
     def _abandon_read(self, wanted: Entry) -> bool:
@@ -347,12 +383,3 @@ class Residency:
         if transfer is not None:
             self._queue.submit(transfer, Priority.WRITE)
         return transfer is not None
-
-
-class _Resized(UndercroftError):
-    """The owner of a storage took its bytes away before they were written."""
-
-
-def _check_size(entry: Entry) -> None:
-    if entry.held is not None and entry.held.nbytes() != entry.nbytes:
-        raise _Resized("the storage was resized")

@@ -28,11 +28,12 @@ import torch
 from undercroft import machine
 from undercroft.errors import BudgetExceeded, InvalidInput, SpillMisuse, UnsupportedModel
 from undercroft.events import Recorder
-from undercroft.store.budget import Budget
+from undercroft.store.budget import Budget, Tier
 from undercroft.store.heap import Heap
 from undercroft.store.scratch import Scratch
 from undercroft.store.slab import HUGE_PAGE, Slab
 from undercroft.store.transfer import TransferQueue
+from undercroft.training.carrier import Carrier, CudaCarrier, HostCarrier
 from undercroft.training.entry import Entry
 from undercroft.training.graph import packed_by_node, running_node
 from undercroft.training.identity import SavedView, StorageRef, check_version, storage_key, why_kept
@@ -118,14 +119,15 @@ class ActivationSpill:
         self._min_bytes = parse_size(min_bytes)
         self._pid = os.getpid()
         self._recorder = recorder or Recorder(enabled=False)
-        self._books = Budget(host=self.budget)
+        self._books = Budget(host=self.budget, device=self.budget)
         page = HUGE_PAGE if self.budget >= 32 * HUGE_PAGE else 4096
         self._page = page
-        self._slab = Slab(4 * self.budget + 64 * page, budget=self._books, holder="read buffers", page=page)
+        slab = Slab(4 * self.budget + 64 * page, budget=self._books, holder="read buffers", page=page)
+        self._carriers: dict[torch.device, Carrier] = {torch.device("cpu"): HostCarrier(slab)}
         self._heap = Heap(patience=max(self.budget, 64 * MIB))
         self._scratch = Scratch(
             _directories(directory),
-            slab=self._slab,
+            slab=slab,
             capacity=None if capacity is None else parse_size(capacity),
             write_cap=None if write_cap is None else parse_size(write_cap),
             checksums=checksums,
@@ -133,21 +135,20 @@ class ActivationSpill:
         self._queue = TransferQueue(workers=workers, recorder=self._recorder)
         self._residency = Residency(
             budget=self._books,
-            slab=self._slab,
+            carriers=self._carriers,
             scratch=self._scratch,
             queue=self._queue,
             next_use=self._next_use,
             heap=self._heap,
             recorder=self._recorder,
         )
-        self._close = weakref.finalize(self, _close, self._queue, self._scratch, self._slab, os.getpid())
+        self._close = weakref.finalize(self, _close, self._queue, self._scratch, self._carriers, os.getpid())
         self._dead: SimpleQueue[tuple[Entry, int]] = SimpleQueue()
         self._excluded: dict[int, StorageRef] = {}
         self._seen: list[StorageRef] = []
         self._numbered: dict[int, Entry] = {}
         self._live_tokens = 0
         self._small_nbytes = self._small_peak = 0
-        self._lost: BudgetExceeded | None = None
         self._tally: Counter[str] = Counter()
         self._kept: Counter[str] = Counter()
         self._recording = Recording()
@@ -178,8 +179,8 @@ class ActivationSpill:
             written_nbytes=self._scratch.written,
             read_nbytes=int(counters.get("read_bytes", 0)),
             forwarded_nbytes=tally["forwarded"],
-            live_nbytes=self._books.held("host"),
-            peak_nbytes=self._books.peak("host"),
+            live_nbytes=self._books.held(self._tier),
+            peak_nbytes=self._books.peak(self._tier),
             budget=self.budget,
             stall_seconds=self._residency.stall_seconds,
             step_seconds=self._step_seconds,
@@ -188,6 +189,11 @@ class ActivationSpill:
             least_budget=self._plan and self._plan.least_budget + self._overhead,
             plans=self._plans,
         )
+
+    @property
+    def _tier(self) -> Tier:
+        """The tier that is short: the device where there is one."""
+        return "device" if len(self._carriers) > 1 else "host"
 
     def close(self) -> None:
         """Stop the threads, close and free the spill files. What was spilled and not yet unpacked is lost."""
@@ -246,8 +252,6 @@ class ActivationSpill:
         with self._residency.lock:
             self._drain()
             self._note_unpack(packed)
-        if self._lost is not None:
-            raise self._name_least(self._lost)
         try:
             storage = self._residency.materialise(entry)
         except BudgetExceeded as error:
@@ -288,7 +292,9 @@ class ActivationSpill:
         nbytes = storage.nbytes()
         can_spill = nbytes >= max(self._min_bytes, 1)
         number = self._recording.add(nbytes, self._elapsed()) if can_spill else -1
-        entry = Entry(storage, view, number=number, step=self._step, can_spill=can_spill)
+        entry = Entry(
+            storage, view, self._carrier(storage.device), number=number, step=self._step, can_spill=can_spill
+        )
         if can_spill:
             self._numbered[number] = entry
             self._order.advance(number)
@@ -300,19 +306,25 @@ class ActivationSpill:
         self._residency.add(entry)
         return entry
 
+    def _carrier(self, device: torch.device) -> Carrier:
+        if device not in self._carriers:
+            ring = Slab(self.budget, budget=self._books, holder="pinned ring")
+            self._carriers[device] = CudaCarrier(device, ring)
+        return self._carriers[device]
+
     def _hold(self, entry: Entry, storage: torch.UntypedStorage) -> None:
         try:
             self._residency.admit(entry, storage)
         except BudgetExceeded as error:
             # The forward goes on without these bytes, so that the backward can say which budget would do.
-            self._lost = error
+            entry.lost = error
             return
         if not entry.can_spill:
             return
         if self._order.holds and self._plan is not None:
             if entry.number in self._plan.spill:
                 self._residency.write(entry)
-        elif self._books.held("host") > self.budget // 2:
+        elif self._books.held(entry.carrier.tier) > self.budget // 2:
             self._residency.write_all_but(self.budget // 2)
 
     def _note_unpack(self, token: _Token) -> None:
@@ -327,7 +339,7 @@ class ActivationSpill:
     # -- the ends of lives --------------------------------------------------------------------------------------
 
     def _bury(self, entry: Entry, unpacked: int) -> None:
-        """Called by a dying token, perhaps in the middle of our own code on this thread: so never waits for the lock."""
+        """Called by a dying token, maybe in the middle of our own code on this thread: so it never waits."""
         self._dead.put((entry, unpacked))
         if self._residency.lock.acquire(blocking=False):
             try:
@@ -347,6 +359,9 @@ class ActivationSpill:
             self._end_use(entry, unpacked)
             if entry.tokens == 0:
                 self._retire(entry)
+            if self._live_tokens == 0:
+                for carrier in self._carriers.values():
+                    carrier.slab.trim()
 
     def _end_use(self, entry: Entry, unpacked: int) -> None:
         if unpacked >= 0 and entry.step == self._step:
@@ -370,14 +385,11 @@ class ActivationSpill:
     def _finish_step(self) -> None:
         recording, stall = self._recording, self._residency.stall_seconds - self._stall_before
         seconds = time.perf_counter() - self._begun
-        if self._live_tokens == 0:
-            self._lost = None
         if recording.unpacks:
             self._steps += 1
             self._step_seconds += seconds
             self._learn(recording, stall > _STALL_ALLOWED * seconds)
         self._order.restart()
-        self._slab.trim()
         self._exclude_survivors()
         self._recording, self._numbered = Recording(), {}
         self._step += 1
@@ -397,7 +409,9 @@ class ActivationSpill:
         self._planned_rates = self._measured_rates()
         self._plans += 1
         try:
-            self._plan = make_plan(recording.trace(), budget=self.budget - self._overhead, rates=self._planned_rates)
+            self._plan = make_plan(
+                recording.trace(), budget=self.budget - self._overhead, rates=self._planned_rates
+            )
         except (BudgetExceeded, InvalidInput):  # the budget holds without a plan, though with more waiting
             self._plan = None
 
@@ -445,7 +459,9 @@ class ActivationSpill:
         if self._model is None:
             return
         tensors = [*self._model.parameters(), *self._model.buffers()]
-        refs = [StorageRef(tensor.untyped_storage()) for tensor in tensors if why_kept(tensor.detach()) is None]
+        refs = [
+            StorageRef(tensor.untyped_storage()) for tensor in tensors if why_kept(tensor.detach()) is None
+        ]
         self._excluded = {ref.key: ref for ref in refs}
 
     def _exclude_survivors(self) -> None:
@@ -465,6 +481,10 @@ class ActivationSpill:
         demands = [self._demand(packed) for packed in packed_by_node(node)] if node is not None else []
         least = max([*demands, error.asked]) + self._overhead + self._residency.escaped()
         hint = "Each backward step needs that much in memory at once; a smaller batch or sequence needs less."
+        if node is not None and node.name().startswith("CompiledFunction"):
+            hint = (
+                "A compiled graph asks for all that it saved at once: compile single layers, not the model."
+            )
         return BudgetExceeded(error.asked, self.budget, error.held, least, hint=hint)
 
     def _demand(self, packed: list[object]) -> int:
@@ -500,8 +520,9 @@ def _directories(given: str | Path | list[str | Path] | None) -> list[str | Path
     return given if isinstance(given, list) else [given]
 
 
-def _close(queue: TransferQueue, scratch: Scratch, slab: Slab, owner: int) -> None:
+def _close(queue: TransferQueue, scratch: Scratch, carriers: dict[torch.device, Carrier], owner: int) -> None:
     if os.getpid() == owner:  # a forked child has none of the threads, and the files are not its own
         queue.close(timeout=5.0)
         scratch.close()
-        slab.close()
+        for carrier in carriers.values():
+            carrier.slab.close()

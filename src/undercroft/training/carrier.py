@@ -1,0 +1,152 @@
+"""How the bytes of a storage get between their device and memory that a disk can reach.
+
+It knows devices, streams and pinned memory; not entries, budgets or when. Host memory needs no carrying: the disk
+writes it where it lies and reads into slab memory that becomes the storage. CUDA memory is copied on a stream of its
+own through a ring of pinned memory. Invariant: memory that a copy still reads or writes is kept alive and not reused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from undercroft.errors import UndercroftError
+from undercroft.store.budget import Tier
+from undercroft.store.slab import Lease, Slab
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parcel:
+    """Bytes ready, or about to be ready, for a disk to write.
+
+    Attributes:
+        address: where they lie in host memory.
+        keep: what must live until they are written.
+        before: to be called before they are read: waits for the copy, and sees that the storage was not resized.
+    """
+
+    address: int
+    keep: object
+    before: Callable[[], None]
+
+
+class Resized(UndercroftError):
+    """The owner of a storage took its bytes away before they were written."""
+
+
+class Carrier(Protocol):
+    """What carries the bytes of one kind of device."""
+
+    tier: Tier
+    slab: Slab
+
+    def mark(self) -> Any:
+        """A mark in the device's order of work: what was submitted so far fills the tensor being saved."""
+        ...
+
+    def send(self, storage: torch.UntypedStorage, mark: Any) -> Parcel | None:
+        """Bring a storage's bytes to where a disk can write them; None where there is no room for that now."""
+        ...
+
+    def receive(self, lease: Lease, head: int, nbytes: int) -> torch.UntypedStorage:
+        """A storage on the device with the bytes of a lease from `head` on. Returns when the lease may be reused."""
+        ...
+
+    def hand_out(self, storage: torch.UntypedStorage) -> None:
+        """Called before a storage that was received is used on the present stream."""
+        ...
+
+
+class HostCarrier:
+    """For host memory: nothing is copied."""
+
+    tier: Tier = "host"
+
+    def __init__(self, slab: Slab) -> None:
+        self.slab = slab
+
+    def mark(self) -> None:
+        """Host memory is filled when it is saved."""
+
+    def send(self, storage: torch.UntypedStorage, mark: None) -> Parcel:
+        """The storage itself, where it lies."""
+        return Parcel(address=storage.data_ptr(), keep=storage, before=_size_check(storage))
+
+    def receive(self, lease: Lease, head: int, nbytes: int) -> torch.UntypedStorage:
+        """The lease itself: its bytes return to the slab when the last view of the storage dies."""
+        return lease.storage(head, nbytes)
+
+    def hand_out(self, storage: torch.UntypedStorage) -> None:
+        """Nothing to order."""
+
+
+class CudaCarrier:
+    """For the memory of one GPU: copies on a side stream, through a ring of memory pinned once.
+
+    Args:
+        device: the GPU.
+        ring: the pinned memory, at least as large as the largest storage.
+    """
+
+    tier: Tier = "device"
+
+    def __init__(self, device: torch.device, ring: Slab) -> None:
+        self.slab = ring
+        self._device = device
+        ring.register_cuda()
+        self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def mark(self) -> torch.cuda.Event:
+        """An event on the stream that computes the tensor."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def send(self, storage: torch.UntypedStorage, mark: torch.cuda.Event) -> Parcel | None:
+        """Begin the copy into the ring. The storage is kept until it is written, so the allocator cannot reuse it."""
+        lease = self.slab.lease(storage.nbytes())
+        if lease is None:
+            return None
+        with torch.cuda.stream(self._out):
+            self._out.wait_event(mark)
+            _bytes(lease.storage(0, storage.nbytes())).copy_(_bytes(storage), non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(self._out)
+        check_size = _size_check(storage)
+
+        def before() -> None:
+            copied.synchronize()
+            check_size()
+
+        return Parcel(address=lease.address, keep=(lease, storage), before=before)
+
+    def receive(self, lease: Lease, head: int, nbytes: int) -> torch.UntypedStorage:
+        """Copy to the device and wait for it: this runs on an I/O thread, beside the computation."""
+        with torch.cuda.stream(self._in):
+            arrived = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            arrived.copy_(_bytes(lease.storage(head, nbytes)), non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(self._in)
+        copied.synchronize()
+        return arrived.untyped_storage()
+
+    def hand_out(self, storage: torch.UntypedStorage) -> None:
+        """Keep the allocator from reusing the memory while the present stream may read it."""
+        _bytes(storage).record_stream(torch.cuda.current_stream(self._device))
+
+
+def _size_check(storage: torch.UntypedStorage) -> Callable[[], None]:
+    nbytes = storage.nbytes()
+
+    def check() -> None:
+        if storage.nbytes() != nbytes:
+            raise Resized("the storage was resized")
+
+    return check
+
+
+def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # pyright: ignore
