@@ -226,24 +226,25 @@ def test_the_limit_on_file_sizes_is_a_full_tier(fd: int, memory) -> None:
 class ForgetfulDisk(Syscalls):
     """A page cache that fails to write back once, and says so to the first who asks."""
 
-    def __init__(self) -> None:
+    def __init__(self, code: int) -> None:
         super().__init__()
-        self._asked = 0
+        self._asked, self._code = 0, code
 
     def drop_cache(self, fd: int, offset: int, nbytes: int) -> None:
         self._asked += 1
         if self._asked == 2:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise OSError(self._code, os.strerror(self._code))
         super().drop_cache(fd, offset, nbytes)
 
 
-def test_nothing_is_believed_once_the_page_cache_lost_bytes(fd: int, memory) -> None:
-    file = buffered(fd, ForgetfulDisk())
+@pytest.mark.parametrize(("code", "kind"), [(errno.EIO, TransferFailed), (errno.ENOSPC, TierFull)])
+def test_nothing_is_believed_once_the_page_cache_lost_bytes(fd: int, memory, code: int, kind) -> None:
+    file = buffered(fd, ForgetfulDisk(code))
     page = memory(noise(BLOCK))
     file.write(0, [page.iovec])
-    with pytest.raises(TransferFailed, match="Input/output error"):
+    with pytest.raises(kind, match=os.strerror(code)):
         file.write(BLOCK, [page.iovec])
-    with pytest.raises(TransferFailed, match="Input/output error"):  # whose bytes were lost is not known
+    with pytest.raises(TransferFailed, match=os.strerror(code)):  # whose bytes were lost is not known
         file.read(0, [page.iovec])
 
 

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -196,6 +197,28 @@ class TestWriting:
             writer.add(*KEY, b"the first")
         with RecordFile.open(path) as file:
             assert read_bytes(file, KEY) == b"the first"
+
+    def test_of_many_writers_of_one_file_one_succeeds(self, path: Path) -> None:
+        outcomes: list[object] = []
+
+        def try_often(content: bytes) -> None:
+            for _ in range(30):
+                try:
+                    write(path, {KEY: content})
+                    outcomes.append(content)
+                except (SpillMisuse, InvalidInput):
+                    continue
+                except UndercroftError as error:
+                    outcomes.append(error)
+
+        threads = [threading.Thread(target=try_often, args=(bytes([number]),)) for number in range(1, 5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with RecordFile.open(path) as file:
+            assert outcomes == [read_bytes(file, KEY)]
+        assert len(list(path.parent.iterdir())) == 2
 
     @pytest.mark.parametrize(
         ("arguments", "options", "complaint"),

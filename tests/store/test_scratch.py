@@ -1,6 +1,5 @@
 """Bytes of any address and size go out and come back, in whatever room there is, and never more."""
 
-import ctypes
 import errno
 import gc
 import os
@@ -9,7 +8,7 @@ import sys
 import textwrap
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from undercroft.errors import (
 from undercroft.store.disk import Iovec, Syscalls
 from undercroft.store.scratch import Extent, Scratch
 from undercroft.store.slab import Slab
-from undercroft.store.transfer import Cancelled, Priority, TransferQueue
+from undercroft.store.transfer import Cancelled, Priority
 from undercroft.testing import FlakyDisk, FullDisk
 from undercroft.units import KIB, MIB
 
@@ -34,62 +33,6 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 BLOCK = 4096
 PATIENCE = 30.0
-
-
-class Store:
-    """A scratch with its slab and queue, and the calls a test makes of them."""
-
-    def __init__(self, *directories: Path, slab: int = 64 * MIB, **options) -> None:
-        self.slab = Slab(slab, page=BLOCK)
-        self.queue = TransferQueue()
-        try:
-            self.scratch = Scratch(directories, slab=self.slab, **options)
-        except BaseException:
-            self.queue.close()
-            raise
-
-    def spill(self, memory, **options) -> Extent:
-        extent, transfer = self.scratch.spill(memory.address, memory.nbytes, keep=memory, **options)
-        assert self.queue.submit(transfer, Priority.WRITE).wait(PATIENCE)
-        return extent
-
-    def fetch(self, extent: Extent) -> bytes:
-        fetched = self.scratch.fetch(extent)
-        assert fetched is not None
-        lease, transfer = fetched
-        assert self.queue.submit(transfer, Priority.DEMAND).wait(PATIENCE)
-        return ctypes.string_at(lease.address + extent.head, extent.nbytes)
-
-    def close(self) -> None:
-        self.queue.close()
-        self.scratch.close()
-        self.slab.close()
-
-
-@pytest.fixture
-def store(directory: Path) -> Iterator[Callable[..., Store]]:
-    """``store(*directories, **options)``, in one directory if none is given."""
-    made: list[Store] = []
-
-    def make(*directories: Path, **options) -> Store:
-        made.append(Store(*(directories or (directory,)), **options))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
-
-
-def spill_files(directory: Path) -> list[Path]:
-    """The descriptors of this process that are open on files below a directory."""
-    links = Path("/proc/self/fd").iterdir()
-    return [
-        link
-        for link in links
-        if link.is_symlink()
-        and os.readlink(link).startswith(f"{directory}/")
-        and "(deleted)" in os.readlink(link)
-    ]
 
 
 def span(extent: Extent) -> list[tuple[int, int, int]]:
@@ -177,7 +120,7 @@ def test_no_room_in_the_slab_is_no_error(memory, store) -> None:
     assert one.fetch(extent) == bytes(16 * BLOCK)
 
 
-def test_trimming_gives_the_free_end_back_to_the_disk(memory, store, directory: Path) -> None:
+def test_trimming_gives_the_free_end_back_to_the_disk(memory, store, directory: Path, spill_files) -> None:
     one = store()
     content = memory(os.urandom(40 * MIB))
     first, second = one.spill(content), one.spill(content)
@@ -354,7 +297,9 @@ def test_when_one_disk_is_full_the_other_takes_all(memory, store, tmp_path: Path
 
 
 @pytest.mark.parametrize("bit", [0, 8 * 30_000 + 3])
-def test_a_flipped_bit_is_corruption_with_checksums_on(memory, store, directory: Path, bit: int) -> None:
+def test_a_flipped_bit_is_corruption_with_checksums_on(
+    memory, store, directory: Path, bit: int, flip
+) -> None:
     one = store(checksums=True, chunk=16 * KIB)
     extent = one.spill(memory(bytes(40_000), 100))
     assert one.fetch(extent) == bytes(40_000)
@@ -367,18 +312,8 @@ def test_a_flipped_bit_is_corruption_with_checksums_on(memory, store, directory:
     assert one.fetch(extent) == bytes(40_000), "what lies before ours in its block is not ours"
 
 
-def flip(directory: Path, bit: int) -> None:
-    """Flip a bit of the only spill file in a directory, behind its owner's back."""
-    (file,) = spill_files(directory)
-    fd = os.open(file, os.O_RDWR)
-    byte = os.pread(fd, 1, bit // 8)
-    os.pwrite(fd, bytes([byte[0] ^ 1 << bit % 8]), bit // 8)
-    os.fsync(fd)
-    os.close(fd)
-
-
 @pytest.mark.parametrize("left", [0, 1, BLOCK, 30_000])
-def test_a_truncated_spill_file_is_corruption(memory, store, directory: Path, left: int) -> None:
+def test_a_truncated_spill_file_is_corruption(memory, store, directory: Path, left: int, spill_files) -> None:
     one = store()
     extent = one.spill(memory(bytes(40_000)))
     (file,) = spill_files(directory)
@@ -420,7 +355,7 @@ def test_a_destructor_may_drop_in_the_middle_of_any_call(memory, store) -> None:
     assert one.scratch.occupied == 0
 
 
-def test_nothing_is_left_after_close(memory, store, directory: Path) -> None:
+def test_nothing_is_left_after_close(memory, store, directory: Path, spill_files) -> None:
     one = store()
     one.spill(memory(bytes(MIB)))
     assert len(spill_files(directory)) == 1
@@ -463,10 +398,10 @@ def test_without_a_directory_there_is_no_scratch(directory: Path) -> None:
         Scratch([], slab=Slab(BLOCK, page=BLOCK))
 
 
-def test_a_scratch_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+def test_a_scratch_that_cannot_be_made_leaves_nothing(store, tmp_path: Path) -> None:
     (tmp_path / "open").mkdir(mode=0o755)
     with pytest.raises(UnsafeDirectory):
-        Store(tmp_path / "good", tmp_path / "open")
+        store(tmp_path / "good", tmp_path / "open")
     assert list((tmp_path / "good").iterdir()) == []
 
 

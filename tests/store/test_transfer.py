@@ -8,14 +8,14 @@ import textwrap
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from undercroft.errors import CorruptRecord, InvalidInput, SpillMisuse, TransferFailed, UndercroftError
 from undercroft.events import Recorder
-from undercroft.store.disk import DiskFile, Iovec, Syscalls
+from undercroft.store.disk import DiskFile, Syscalls
 from undercroft.store.transfer import CHUNK, Cancelled, Chunk, Priority, Transfer, TransferQueue
 from undercroft.testing import FlakyDisk
 from undercroft.units import GIB, KIB, MIB
@@ -24,48 +24,6 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 BLOCK = 4096
 PATIENCE = 30.0  # seconds after which a test that hangs fails; nothing is measured
-
-
-class GatedDisk(Syscalls):
-    """Real calls that wait at a gate until they are let through; notes which ones began, in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._changed = threading.Condition()
-        self._passes = 0.0
-        self.began: list[tuple[str, int]] = []
-
-    def preadv(self, fd: int, iovecs: Sequence[Iovec], offset: int) -> int:
-        self._pass("read", offset)
-        return super().preadv(fd, iovecs, offset)
-
-    def pwritev(self, fd: int, iovecs: Sequence[Iovec], offset: int) -> int:
-        self._pass("write", offset)
-        return super().pwritev(fd, iovecs, offset)
-
-    def let(self, calls: float = float("inf")) -> None:
-        """Let so many calls through, or all from now on."""
-        with self._changed:
-            self._passes += calls
-            self._changed.notify_all()
-
-    def wait_for(self, began: int) -> list[tuple[str, int]]:
-        """What began, once that many calls have."""
-        with self._changed:
-            assert self._changed.wait_for(lambda: len(self.began) >= began, PATIENCE), self.began
-            return list(self.began)
-
-    def _pass(self, verb: str, offset: int) -> None:
-        with self._changed:
-            self.began.append((verb, offset))
-            self._changed.notify_all()
-            assert self._changed.wait_for(lambda: self._passes > 0, PATIENCE)
-            self._passes -= 1
-
-
-@pytest.fixture
-def gate() -> GatedDisk:
-    return GatedDisk()
 
 
 @pytest.fixture
@@ -77,7 +35,7 @@ def fd(tmp_path: Path) -> Iterator[int]:
 
 
 @pytest.fixture
-def queue(gate: GatedDisk) -> Iterator[Callable[..., TransferQueue]]:
+def queue(gate) -> Iterator[Callable[..., TransferQueue]]:
     """``queue(workers=…)``: closed at the end, with the gate open."""
     made: list[TransferQueue] = []
 
@@ -109,7 +67,7 @@ def move(fd: int, memory) -> Callable[..., Transfer]:
     return make
 
 
-def close(queue: TransferQueue, gate: GatedDisk) -> None:
+def close(queue: TransferQueue, gate) -> None:
     """Close a queue whose calls wait at the gate, which opens only once the closing has begun."""
     closer = threading.Thread(target=queue.close, args=(PATIENCE,))
     closer.start()

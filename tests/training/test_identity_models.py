@@ -23,7 +23,7 @@ SMALL = {
 }
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
 GPT2 = {"vocab_size": 96, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
-T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+T5 = {"decoder_start_token_id": 0, "vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 
 CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "GPT2Config": (AutoModelForCausalLM, GPT2),
@@ -73,16 +73,17 @@ def test_attention_implementations(bench: Any, attention: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(bench: Any, reentrant: bool) -> None:
+def test_activation_checkpointing(bench: Any, reentrant: bool) -> None:
     def build() -> nn.Module:
         model = build_of("LlamaConfig")()
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
         return model
 
     bench.check(build, language_modelling)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
 def test_adapters(bench: Any) -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -10,10 +10,10 @@ import os
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 from undercroft.bench.gpt import Shape
-from undercroft.bench.process import Usage
 from undercroft.bench.training_worker import Settings, Step
 from undercroft.bench.worker import Worker
 from undercroft.errors import InvalidInput
@@ -113,7 +113,7 @@ class History:
     def per_step(self, name: str) -> list[int]:
         """By how much a total of the spill's report rose in each step from the second on."""
         totals = [step.report[name] for step in self.steps if step.report is not None]
-        return [after - before for before, after in zip(totals, totals[1:], strict=False)]
+        return [after - before for before, after in pairwise(totals)]
 
     def last(self, name: str) -> float | None:
         """A field of the spill's last report."""
@@ -135,8 +135,3 @@ def differing(one: History, other: History) -> int:
     """How many losses of two modes are not the same bits, of the steps that both took."""
     pairs = zip(one.losses, other.losses, strict=False)
     return sum(ours != theirs for ours, theirs in pairs)
-
-
-def used_by(history: History) -> list[Usage]:
-    """What the measured steps used."""
-    return [step.used for step in history.steps[WARM_UPS:]]

@@ -75,8 +75,9 @@ class Step:
     @staticmethod
     def parse(line: str) -> Step:
         """The step of a line that a worker printed."""
-        given = json.loads(line)
-        return Step(**{**given, "used": Usage(**given["used"]), "holds": Holdings(**given["holds"])})
+        given: dict[str, Any] = json.loads(line)
+        used, holds = Usage(**given.pop("used")), Holdings(**given.pop("holds"))
+        return Step(used=used, holds=holds, **given)
 
 
 class Trainer:
@@ -137,7 +138,7 @@ def _spill(settings: Settings, model: torch.nn.Module) -> Any:
 def main() -> None:
     """Serve steps until the input ends."""
     given: dict[str, Any] = json.loads(sys.argv[1])
-    settings = Settings(**{**given, "shape": Shape(**given["shape"])})
+    settings = Settings(shape=Shape(**given.pop("shape")), **given)
     if settings.settle_heap:
         heap.settle()
     trainer = Trainer(settings)

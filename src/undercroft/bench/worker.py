@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ from undercroft.errors import UndercroftError
 
 _ENTER_GROUP = 'echo $$ > "$0" && exec "$@"'
 _END_SECONDS = 60.0
+_LAST_WORDS = 4096
 
 
 class WorkerEnded(UndercroftError):
@@ -48,7 +48,7 @@ class Worker:
         self._settings = settings
         command = [sys.executable, "-m", "undercroft.bench.training_worker", json.dumps(asdict(settings))]
         enter = ["/bin/sh", "-c", _ENTER_GROUP, str(group)] if group else []
-        self._words = tempfile.TemporaryFile()
+        self._words = os.memfd_create("last words")
         self._process = subprocess.Popen(
             [*enter, *command],
             stdin=subprocess.PIPE,
@@ -87,10 +87,10 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()
-        self._words.close()
+        os.close(self._words)
 
     def _ended(self) -> WorkerEnded:
         code = self._process.wait()
-        self._words.seek(0)
-        words = self._words.read().decode(errors="replace").strip().splitlines()
+        said = os.pread(self._words, _LAST_WORDS, max(0, os.fstat(self._words).st_size - _LAST_WORDS))
+        words = said.decode(errors="replace").strip().splitlines()
         return WorkerEnded(self._settings.mode, 128 - code if code < 0 else code, words[-1] if words else "")

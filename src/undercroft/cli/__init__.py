@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from undercroft.cli.bench import bench
 from undercroft.cli.demo import demo
 from undercroft.cli.doctor import doctor
 from undercroft.cli.train import train
@@ -25,6 +26,7 @@ app = typer.Typer(
 
 for verb in (demo, doctor, train):
     app.command()(verb)
+app.add_typer(bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

@@ -231,6 +231,8 @@ class RecordCache:
 
     def _begin(self, request: Request) -> list[Transfer]:
         """Join what others began to read of the pending keys, and begin the rest as far as there is room."""
+        if not request.pending:
+            return []
         for key in [key for key in request.pending if key in self._shelf.entries]:
             self._join(request, self._shelf.entries[key])
         begun = self._admit(list(request.pending), _anything)

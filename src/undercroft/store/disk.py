@@ -183,7 +183,8 @@ class DiskFile:
     def _typed(self, verb: str, error: OSError, offset: int, nbytes: int) -> TierFull | TransferFailed:
         text = f"{verb} of {nbytes} bytes at {offset} of {self.name}: {error.strerror}"
         code = error.errno or errno.EIO
-        return TierFull(text, errno=code) if code in _FULL else TransferFailed(text, errno=code)
+        is_full = code in _FULL and verb != "read"  # a page cache that lost bytes may say so too
+        return TierFull(text, errno=code) if is_full else TransferFailed(text, errno=code)
 
 
 def _rest(iovecs: Sequence[Iovec], done: int) -> Sequence[Iovec]:

@@ -118,13 +118,12 @@ class PartialFile:
 
 
 def _claim(partial: Path) -> int:
-    """An empty locked file of that name."""
+    """A locked file of that name, which may hold what a killed writer left; `finish` cuts that off."""
     fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not _is_called(fd, partial):  # published or discarded by its writer after we had opened it
             raise BlockingIOError
-        os.ftruncate(fd, 0)
     except BlockingIOError as error:
         os.close(fd)
         raise SpillMisuse(f"{partial} is being written; wait for that, or choose another name") from error

@@ -8,17 +8,18 @@ that is being read or is in use never leaves.
 from __future__ import annotations
 
 import errno
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any
 
 from undercroft.errors import BudgetExceeded, TierFull
 from undercroft.store.policy import EvictionPolicy
 from undercroft.store.record import Key, Record
 from undercroft.store.records import RecordFile
+from undercroft.store.request import Request
 from undercroft.store.slab import Lease, Slab
 from undercroft.store.transfer import Transfer
 from undercroft.units import format_size
@@ -46,7 +47,7 @@ class Entry:
     transfer: Transfer | None = None
     loading: bool = True
     foreseen: bool = False
-    waiters: list[Any] = field(default_factory=list[Any])
+    waiters: list[weakref.ref[Request]] = field(default_factory=list[weakref.ref[Request]])
 
 
 Spare = Callable[[Entry], bool]

@@ -68,12 +68,10 @@ class Corpus:
     @property
     def loss_counts(self) -> str:
         """In words, which tokens the loss counts."""
-        if self.counted is None:
-            return "every token"
-        also = (
-            f", and all of {self.unmarked} conversations that cannot be told apart" if self.unmarked else ""
-        )
-        return f"what the assistant wrote{also}"
+        said = "every token" if self.counted is None else "what the assistant wrote"
+        if self.unmarked:
+            said += f"; all of {self.unmarked} conversations, whose chat template does not tell who wrote what"
+        return said
 
 
 def read_corpus(path: Path, tokenizer: Tokenizer, *, length: int) -> Corpus:
@@ -128,7 +126,7 @@ class _Pile:
             counted=counted if self._has_answers else None,
             documents=self.documents,
             left_out=left_out,
-            unmarked=self.unmarked if self._has_answers else 0,
+            unmarked=self.unmarked,
         )
 
 

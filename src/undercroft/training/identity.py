@@ -32,7 +32,7 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 def why_kept(tensor: torch.Tensor) -> str | None:
     """Why a tensor can only be kept by reference, or None for a plain strided tensor over one storage of bytes."""
-    if type(tensor) is not torch.Tensor:
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return "subclass"
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # pyright: ignore
         return "inside vmap or grad"

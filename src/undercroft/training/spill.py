@@ -35,7 +35,7 @@ from undercroft.store.slab import HUGE_PAGE, Slab
 from undercroft.store.transfer import TransferQueue
 from undercroft.training.carrier import Carrier, CudaCarrier, HostCarrier
 from undercroft.training.entry import Entry
-from undercroft.training.graph import packed_by_node, running_node
+from undercroft.training.graph import own_gradients, packed_by_node, running_node
 from undercroft.training.identity import SavedView, StorageRef, check_version, storage_key, why_kept
 from undercroft.training.order import Call, Order
 from undercroft.training.plan import Plan, make_plan
@@ -245,6 +245,8 @@ class ActivationSpill:
     def _unpack(self, packed: _Kept | _Token) -> torch.Tensor:
         if isinstance(packed, _Kept):
             check_version(packed.tensor, packed.version)
+            if why_kept(packed.tensor) is None:
+                own_gradients(packed.tensor)
             return packed.tensor
         self._check_usable()
         packed.view.check()
@@ -263,7 +265,9 @@ class ActivationSpill:
                 self._residency.let_go(entry)
             upcoming = self._upcoming(entry)
         self._residency.prefetch(upcoming)
-        return packed.view.over(storage)
+        tensor = packed.view.over(storage)
+        own_gradients(tensor)
+        return tensor
 
     def _upcoming(self, entry: Entry) -> list[Entry]:
         numbers = islice(self._order.upcoming(entry.number), _PREFETCH_LOOKAHEAD)

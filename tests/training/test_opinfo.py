@@ -1,0 +1,162 @@
+"""Every differentiable operator that PyTorch tests itself with has the same gradient, bit for bit, with spilling.
+
+The operators and their inputs are PyTorch's own database. Each is run on intermediates that nobody else keeps, so that
+what it saves must be read back; and on leaves, whose gradients must not share bytes with them where plain ones do not.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from undercroft import ActivationSpill
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from torch.testing._internal.common_methods_invocations import op_db
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about what its own samples do
+
+CASES = [
+    pytest.param(op, dtype, id=f"{op.formatted_name}-{str(dtype)[6:]}")
+    for op in op_db
+    for dtype in (torch.float32, torch.complex64)
+    if op.supports_autograd and dtype in op.supported_backward_dtypes("cpu")
+]
+# It saves what it fills only afterwards, and so cannot be spilled: see test_identity_modules.
+FILLS_WHAT_IT_SAVED = {"nn_functional_rrelu"}
+_BALLAST = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of one sample: the gradients of its leaves, and which of them share bytes with a leaf."""
+
+    values: list[Tensor | None]
+    shared: list[bool]
+
+    def same_as(self, other: "Gradients") -> bool:
+        pairs = zip(self.values, other.values, strict=True)
+        return self.shared == other.shared and all(_same(one, two) for one, two in pairs)
+
+
+def _same(one: Tensor | None, two: Tensor | None) -> bool:
+    if one is None or two is None:
+        return one is two
+    if one.layout is not torch.strided:
+        return one.layout == two.layout and torch.equal(one.to_dense(), two.to_dense())
+    same_form = (one.dtype, one.shape, one.stride()) == (two.dtype, two.shape, two.stride())
+    return same_form and torch.equal(_bits(one), _bits(two))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
+
+
+def gradients_of(op: Any, sample: Any, ballast: Tensor, *, of_copies: bool) -> Gradients:
+    torch.manual_seed(0)
+    values = (sample.input, sample.args, sample.kwargs)
+    leaves = [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
+    for leaf in leaves:
+        leaf.grad = None
+    loss = _loss(op, sample, values, of_copies=of_copies)
+    _pushed_out = [ballast.exp() for _ in range(6)]  # what was saved before is wanted last, and so written first
+    loss.backward()
+    taken = {leaf.untyped_storage().data_ptr() for leaf in leaves if leaf.layout is torch.strided}
+    gradients = [leaf.grad for leaf in leaves]
+    shared = [
+        gradient is not None and gradient.layout is torch.strided and gradient.untyped_storage().data_ptr() in taken
+        for gradient in gradients
+    ]
+    return Gradients(gradients, shared)
+
+
+def _loss(op: Any, sample: Any, values: tuple[Any, Any, Any], *, of_copies: bool) -> Tensor:
+    """A loss that holds neither inputs nor outputs of the operator but through what was saved."""
+
+    def copied(value: object) -> object:
+        is_leaf = of_copies and isinstance(value, Tensor) and value.requires_grad
+        return value.clone() if is_leaf else value
+
+    given, args, kwargs = tree_map(copied, values)
+    output = sample.output_process_fn_grad(op(given, *args, **kwargs))
+    terms = [_scalar(value) for value in tree_flatten(output)[0] if isinstance(value, Tensor) and value.requires_grad]
+    return torch.stack(terms).sum()
+
+
+def _scalar(value: Tensor) -> Tensor:
+    dense = value.to_dense() if value.layout is not torch.strided else value
+    real = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
+    weights = torch.linspace(0.5, 1.5, max(real.numel(), 1))[: real.numel()].view(real.shape)
+    return (real.float() * weights).sum()
+
+
+class Spilling:
+    """One spill for all operators, always in its first step, so that it plans nothing."""
+
+    def __init__(self, spill: ActivationSpill) -> None:
+        self.spill = spill
+        self._plain = ThreadPoolExecutor(1)  # hooks are a thread's own
+        self._ballast = torch.ones(_BALLAST // 4, requires_grad=True)
+        self._keeps_the_step_open = self._ballast.exp()
+
+    def plain(self, op: Any, sample: Any, *, of_copies: bool) -> Gradients | None:
+        """Without spilling; None where the operator fails, or does not repeat itself."""
+        run: Callable[[], Gradients] = lambda: gradients_of(op, sample, self._ballast, of_copies=of_copies)  # noqa: E731
+        try:
+            one, two = (self._plain.submit(run).result() for _ in range(2))
+        except (RuntimeError, NotImplementedError, ValueError, TypeError):
+            return None
+        return one if one.same_as(two) else None
+
+    def spilled(self, op: Any, sample: Any, *, of_copies: bool) -> Gradients:
+        return gradients_of(op, sample, self._ballast, of_copies=of_copies)
+
+
+@pytest.fixture(scope="module")
+def spilling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spilling]:
+    spill = ActivationSpill(budget="288KiB", directory=tmp_path_factory.mktemp("spill"), min_bytes=1)
+    with spill:
+        yield Spilling(spill)
+    spill.close()
+
+
+def check(op: Any, dtype: torch.dtype, spilling: Spilling, *, most: int | None) -> None:
+    if op.formatted_name in FILLS_WHAT_IT_SAVED:
+        pytest.skip("refused: it saves what it fills afterwards")
+    compared = 0
+    for sample in islice(op.sample_inputs("cpu", dtype, requires_grad=True), most):
+        for of_copies in (True, False):
+            plain = spilling.plain(op, sample, of_copies=of_copies)
+            if plain is not None:
+                assert spilling.spilled(op, sample, of_copies=of_copies).same_as(plain), sample
+                compared += 1
+    if not compared:
+        pytest.skip("no sample has a gradient that plain autograd repeats")
+
+
+@pytest.mark.parametrize(("op", "dtype"), CASES)
+def test_gradients_of_an_operator(op: Any, dtype: torch.dtype, spilling: Spilling) -> None:
+    check(op, dtype, spilling, most=1)
+
+
+def test_what_these_tests_save_is_really_read_back(spilling: Spilling) -> None:
+    before = spilling.spill.report
+    for op in (op for op in op_db if op.name in ("exp", "mul", "softmax")):
+        check(op, torch.float32, spilling, most=1)
+    after = spilling.spill.report
+    assert after.spilled_nbytes > before.spilled_nbytes
+    assert after.read_nbytes > before.read_nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "dtype"), CASES)
+def test_gradients_of_an_operator_for_all_its_samples(op: Any, dtype: torch.dtype, spilling: Spilling) -> None:
+    check(op, dtype, spilling, most=None)
