@@ -116,6 +116,7 @@ class House:
         slab_room: int | None = None,
         verify: Verify = "once",
     ) -> None:
+        self.disk = disk
         self.file = RecordFile.open(path, syscalls=disk, verify=verify)
         if isinstance(disk, WatchedDisk):
             disk.reads.clear()
@@ -172,8 +173,8 @@ def build(tmp_path: Path) -> Iterator[Build]:
 
     yield make
     for house in houses:
-        if isinstance(house.file._file._syscalls, WatchedDisk):
-            house.file._file._syscalls.let_go()
+        if isinstance(house.disk, WatchedDisk):
+            house.disk.let_go()
         house.close()
 
 

@@ -1,10 +1,10 @@
-"""One runner for every claim of identity: the same program is trained plainly and with spilling, and nothing may differ.
+"""One runner for every claim of identity: a program is trained plainly and with spilling, and nothing may differ.
 
 A program is a `build` function that makes a module, and a `flow` that takes one step with it. The runner finds the
 smallest budget by asking, as a user would: it begins far too small and goes where the error says.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path

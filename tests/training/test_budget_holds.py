@@ -17,22 +17,30 @@ Build = Callable[[], nn.Module]
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm, self.qkv, self.out = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.view(2, -1, 4, x.shape[-1] // 4).transpose(1, 2) for y in self.qkv(self.norm(x)).chunk(3, -1))
+        q, k, v = (
+            y.view(2, -1, 4, x.shape[-1] // 4).transpose(1, 2) for y in self.qkv(self.norm(x)).chunk(3, -1)
+        )
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
         x = x + self.out(attended)
         return x + self.down(F.gelu(self.up(x)))
 
 
 def deep() -> nn.Module:
-    return nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64)) for _ in range(10)])
+    return nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64)) for _ in range(6)])
 
 
 def wide() -> nn.Module:
-    return nn.Sequential(nn.Linear(64, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.SiLU(), nn.Linear(1024, 64))
+    return nn.Sequential(
+        nn.Linear(64, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.SiLU(), nn.Linear(1024, 64)
+    )
 
 
 def transformer() -> nn.Module:
@@ -47,11 +55,19 @@ def convolutional() -> nn.Module:
 def uneven() -> nn.Module:
     """Sizes from a few bytes to most of what is saved."""
     return nn.Sequential(
-        nn.Linear(64, 2), nn.Tanh(), nn.Linear(2, 2048), nn.GELU(), nn.Linear(2048, 7), nn.Tanh(), nn.Linear(7, 300), nn.ReLU()
+        nn.Linear(64, 2),
+        nn.Tanh(),
+        nn.Linear(2, 2048),
+        nn.GELU(),
+        nn.Linear(2048, 7),
+        nn.Tanh(),
+        nn.Linear(7, 300),
+        nn.ReLU(),
     )
 
 
 BUILDS: list[Build] = [deep, wide, transformer, convolutional, uneven]
+AMPLE = 48 << 20  # small enough for small pages
 MODELS = pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.__name__)
 
 
@@ -100,19 +116,21 @@ def train(tmp_path: Path) -> Iterator[Callable[..., ActivationSpill]]:
 
 @MODELS
 def test_budgets_from_all_to_the_least(build: Build, train: Callable[..., ActivationSpill]) -> None:
-    everything = train(build, 1 << 30).report
+    everything = train(build, AMPLE).report
     assert everything.spilled_nbytes == 0
     assert everything.least_budget is not None
     least, peak = everything.least_budget, everything.peak_nbytes
     assert least < peak
-    for part in (1.0, 0.6, 0.25, 0.0):
+    for part in (1.0, 0.4, 0.0):
         report = train(build, int(least + part * (peak - least))).report
         assert part > 0.9 or report.read_nbytes > 0
 
 
 @MODELS
-def test_the_least_budget_of_the_report_is_the_least(build: Build, train: Callable[..., ActivationSpill]) -> None:
-    least = train(build, 1 << 30).report.least_budget
+def test_the_least_budget_of_the_report_is_the_least(
+    build: Build, train: Callable[..., ActivationSpill]
+) -> None:
+    least = train(build, AMPLE).report.least_budget
     assert least is not None
     train(build, least)
     with pytest.raises(BudgetExceeded):
@@ -120,7 +138,7 @@ def test_the_least_budget_of_the_report_is_the_least(build: Build, train: Callab
 
 
 @MODELS
-@pytest.mark.parametrize("begin", [4096, 16 * 1024, 64 * 1024])
+@pytest.mark.parametrize("begin", [4096, 24 * 1024])
 def test_an_error_names_a_budget_that_works(
     build: Build, begin: int, train: Callable[..., ActivationSpill]
 ) -> None:
@@ -143,7 +161,7 @@ def test_each_budget_gives_the_same_numbers(train: Callable[..., ActivationSpill
     """And a run after an error is as good as any."""
     with pytest.raises(BudgetExceeded):
         train(deep, 8192)
-    assert train(deep, 1 << 30).report.saved_nbytes == train(deep, 256 * 1024).report.saved_nbytes
+    assert train(deep, AMPLE).report.saved_nbytes == train(deep, 256 * 1024).report.saved_nbytes
 
 
 def test_the_error_says_what_to_try() -> None:
@@ -169,4 +187,6 @@ def test_gradients_of_a_failed_step_are_not_half_done_twice(tmp_path: Path) -> N
     spilled = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
     model(x).square().mean().backward()
-    assert all(torch.equal(one, parameter.grad) for one, parameter in zip(spilled, model.parameters(), strict=True))
+    assert all(
+        torch.equal(one, parameter.grad) for one, parameter in zip(spilled, model.parameters(), strict=True)
+    )

@@ -1,4 +1,4 @@
-"""Training with spilling is bit-identical however autograd is used: checkpoints, own functions, higher orders, hooks."""
+"""Training with spilling is bit-identical however autograd is used: checkpoints, own functions, orders, hooks."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -330,7 +330,9 @@ def test_anomaly_detection(bench: Any) -> None:
 
 def test_torch_refuses_hooks_under_its_own_gradient_transform(tmp_path: Path) -> None:
     """`torch.func.grad` inside the context is refused by torch: an error, never a wrong number."""
-    with ActivationSpill(directory=tmp_path) as spill:
-        with pytest.raises(RuntimeError, match="saved tensor hooks"):
-            torch.func.grad(lambda x: x.sin().sum())(torch.randn(4))
+    with (
+        ActivationSpill(directory=tmp_path) as spill,
+        pytest.raises(RuntimeError, match="saved tensor hooks"),
+    ):
+        torch.func.grad(lambda x: x.sin().sum())(torch.randn(4))
     spill.close()

@@ -23,7 +23,15 @@ SMALL = {
 }
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
 GPT2 = {"vocab_size": 96, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
-T5 = {"decoder_start_token_id": 0, "vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+T5 = {
+    "decoder_start_token_id": 0,
+    "vocab_size": 96,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+}
 
 CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "GPT2Config": (AutoModelForCausalLM, GPT2),

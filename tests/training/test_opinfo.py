@@ -67,12 +67,16 @@ def gradients_of(op: Any, sample: Any, ballast: Tensor, *, of_copies: bool) -> G
     for leaf in leaves:
         leaf.grad = None
     loss = _loss(op, sample, values, of_copies=of_copies)
-    _pushed_out = [ballast.exp() for _ in range(6)]  # what was saved before is wanted last, and so written first
+    _pushed_out = [
+        ballast.exp() for _ in range(6)
+    ]  # what was saved before is wanted last, and so written first
     loss.backward()
     taken = {leaf.untyped_storage().data_ptr() for leaf in leaves if leaf.layout is torch.strided}
     gradients = [leaf.grad for leaf in leaves]
     shared = [
-        gradient is not None and gradient.layout is torch.strided and gradient.untyped_storage().data_ptr() in taken
+        gradient is not None
+        and gradient.layout is torch.strided
+        and gradient.untyped_storage().data_ptr() in taken
         for gradient in gradients
     ]
     return Gradients(gradients, shared)
@@ -87,7 +91,11 @@ def _loss(op: Any, sample: Any, values: tuple[Any, Any, Any], *, of_copies: bool
 
     given, args, kwargs = tree_map(copied, values)
     output = sample.output_process_fn_grad(op(given, *args, **kwargs))
-    terms = [_scalar(value) for value in tree_flatten(output)[0] if isinstance(value, Tensor) and value.requires_grad]
+    terms = [
+        _scalar(value)
+        for value in tree_flatten(output)[0]
+        if isinstance(value, Tensor) and value.requires_grad
+    ]
     return torch.stack(terms).sum()
 
 
@@ -158,5 +166,7 @@ def test_what_these_tests_save_is_really_read_back(spilling: Spilling) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("op", "dtype"), CASES)
-def test_gradients_of_an_operator_for_all_its_samples(op: Any, dtype: torch.dtype, spilling: Spilling) -> None:
+def test_gradients_of_an_operator_for_all_its_samples(
+    op: Any, dtype: torch.dtype, spilling: Spilling
+) -> None:
     check(op, dtype, spilling, most=None)

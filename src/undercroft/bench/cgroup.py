@@ -41,9 +41,7 @@ _VERSION_1 = _Files(
     peak="memory.max_usage_in_bytes",
     events="memory.oom_control",
 )
-_VERSION_2 = _Files(
-    limit="memory.max", swap="memory.swap.max", peak="memory.peak", events="memory.events"
-)
+_VERSION_2 = _Files(limit="memory.max", swap="memory.swap.max", peak="memory.peak", events="memory.events")
 
 
 class MemoryGroup:

@@ -43,7 +43,7 @@ def records(rig: Rig, nbytes: int, size: int) -> Generator[Case]:
             }
             enough = 0.85 if size >= 4 * MIB else 0.75
             name = f"records, {format_size(size)}"
-            yield Case(name=name, enough=enough, nbytes=count * size, ways=ways)
+            yield Case(name=name, enough=enough, nbytes=count * size, direct=file.direct, ways=ways)
     finally:
         path.unlink()
         index_path(path).unlink()

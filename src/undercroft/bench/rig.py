@@ -30,12 +30,14 @@ class Case:
         name: such as "reads of 8 MiB".
         enough: the share of the raw rate that is claimed.
         nbytes: bytes that one sample moves.
+        direct: whether they bypass the page cache; otherwise nothing is said about the disk.
         ways: name → what moves them. "raw" is the yardstick, "store" and "checksums" are ours.
     """
 
     name: str
     enough: float
     nbytes: int
+    direct: bool
     ways: dict[str, Callable[[], None]]
 
 

@@ -18,7 +18,7 @@ _ENOUGH = 0.90
 
 
 @contextmanager
-def sequential(rig: Rig, nbytes: int) -> Generator[tuple[Case, Case]]:
+def sequential(rig: Rig, nbytes: int) -> Generator[tuple[Case, ...]]:
     """Reads and writes of about `nbytes` in all; every block was written once before.
 
     "one call" is raw with a system call per request, not per chunk as the store cuts them.
@@ -48,9 +48,11 @@ def sequential(rig: Rig, nbytes: int) -> Generator[tuple[Case, Case]]:
         raw_writes = {"raw": lambda: write(CHUNK), "one call": lambda: write(_REQUEST)}
         reads = {**raw_reads, **{name: each.read for name, each in ours.items()}}
         writes = {**raw_writes, **{name: each.write for name, each in ours.items()}}
-        yield (
-            Case(name="sequential reads, 8 MiB", enough=_ENOUGH, nbytes=total, ways=reads),
-            Case(name="sequential writes, 8 MiB", enough=_ENOUGH, nbytes=total, ways=writes),
+        yield tuple(
+            Case(
+                name=f"sequential {name}, 8 MiB", enough=_ENOUGH, nbytes=total, direct=file.direct, ways=ways
+            )
+            for name, ways in (("reads", reads), ("writes", writes))
         )
 
 

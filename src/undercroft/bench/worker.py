@@ -18,6 +18,7 @@ from typing import Self
 
 from undercroft.bench.training_worker import MEASURE_IDLE, Settings, Step
 from undercroft.errors import UndercroftError
+from undercroft.store import heap
 
 _ENTER_GROUP = 'echo $$ > "$0" && exec "$@"'
 _END_SECONDS = 60.0
@@ -46,6 +47,8 @@ class Worker:
 
     def __init__(self, settings: Settings, *, group: Path | None = None) -> None:
         self._settings = settings
+        if settings.settle_heap:
+            heap.settle()  # so that the pool is built here, once, and not by several workers at a time
         command = [sys.executable, "-m", "undercroft.bench.training_worker", json.dumps(asdict(settings))]
         enter = ["/bin/sh", "-c", _ENTER_GROUP, str(group)] if group else []
         self._words = os.memfd_create("last words")

@@ -54,7 +54,7 @@ def _training(scale: Scale) -> Shown:
     finally:
         for bar in bars:
             bar.__exit__(None, None, None)
-    return Shown(act="training", facts=asdict(shown), text=_training_text(shown), held=_all_equal(shown.rows))
+    return Shown(act="training", facts=asdict(shown), text=training_text(shown), held=_all_equal(shown.rows))
 
 
 ACTS: tuple[Callable[[Scale], Shown], ...] = (_training,)
@@ -93,7 +93,8 @@ def demo(
         raise typer.Exit(1)
 
 
-def _training_text(shown: TrainingShown) -> str:
+def training_text(shown: TrainingShown) -> str:
+    """What the first act showed, for people."""
     scale = shown.scale
     head = (
         f"A model of {shown.parameters / 1e6:.1f} million parameters learns Python's own manual, "

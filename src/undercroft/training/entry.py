@@ -15,6 +15,7 @@ import torch
 
 from undercroft.errors import BudgetExceeded
 from undercroft.store.budget import Reservation
+from undercroft.store.ranges import BLOCK, round_up
 from undercroft.store.scratch import Extent
 from undercroft.store.transfer import Transfer
 from undercroft.training.carrier import Carrier
@@ -27,10 +28,11 @@ class Entry:
     Attributes:
         ref: the storage that was saved.
         nbytes: its size when it was saved.
+        window: the room a read of it takes: the whole 4096-byte blocks that it touches.
         view: the tensor that was saved first.
         carrier: what carries its bytes between their device and the disk.
         mark: what the carrier noted when it was saved.
-        number: its place among the storages first saved in its step, from 0.
+        number: its place among the storages first saved in its step, from 0; -1 if it is small.
         step: which step that was.
         can_spill: False for what is smaller than `min_bytes`.
         tokens: how many live saved tensors view it.
@@ -59,6 +61,7 @@ class Entry:
         "step",
         "tokens",
         "view",
+        "window",
         "writing",
     )
 
@@ -68,16 +71,16 @@ class Entry:
         view: SavedView,
         carrier: Carrier,
         *,
-        number: int,
         step: int,
         can_spill: bool,
     ) -> None:
         self.ref = StorageRef(storage)
         self.nbytes = storage.nbytes()
+        self.window = round_up(storage.data_ptr() % BLOCK + self.nbytes)
         self.view = view
         self.carrier = carrier
         self.mark: Any = None
-        self.number = number
+        self.number = -1
         self.step = step
         self.can_spill = can_spill
         self.tokens = 0

@@ -30,6 +30,7 @@ from undercroft.errors import BudgetExceeded, InvalidInput, SpillMisuse, Unsuppo
 from undercroft.events import Recorder
 from undercroft.store.budget import Budget, Tier
 from undercroft.store.heap import Heap
+from undercroft.store.ranges import BLOCK
 from undercroft.store.scratch import Scratch
 from undercroft.store.slab import HUGE_PAGE, Slab
 from undercroft.store.transfer import TransferQueue
@@ -120,8 +121,7 @@ class ActivationSpill:
         self._pid = os.getpid()
         self._recorder = recorder or Recorder(enabled=False)
         self._books = Budget(host=self.budget, device=self.budget)
-        page = HUGE_PAGE if self.budget >= 32 * HUGE_PAGE else 4096
-        self._page = page
+        page = _page(self.budget)
         slab = Slab(4 * self.budget + 64 * page, budget=self._books, holder="read buffers", page=page)
         self._carriers: dict[torch.device, Carrier] = {torch.device("cpu"): HostCarrier(slab)}
         self._heap = Heap(patience=max(self.budget, 64 * MIB))
@@ -186,7 +186,7 @@ class ActivationSpill:
             step_seconds=self._step_seconds,
             planned_peak_nbytes=self._plan and self._plan.peak + self._overhead,
             planned_stall_seconds=self._plan and self._plan.stall_seconds,
-            least_budget=self._plan and self._plan.least_budget + self._overhead,
+            least_budget=self._plan and self._with_overhead(self._plan.least_budget),
             plans=self._plans,
         )
 
@@ -295,13 +295,11 @@ class ActivationSpill:
     def _new_entry(self, storage: torch.UntypedStorage, view: SavedView) -> Entry:
         nbytes = storage.nbytes()
         can_spill = nbytes >= max(self._min_bytes, 1)
-        number = self._recording.add(nbytes, self._elapsed()) if can_spill else -1
-        entry = Entry(
-            storage, view, self._carrier(storage.device), number=number, step=self._step, can_spill=can_spill
-        )
+        entry = Entry(storage, view, self._carrier(storage.device), step=self._step, can_spill=can_spill)
         if can_spill:
-            self._numbered[number] = entry
-            self._order.advance(number)
+            entry.number = self._recording.add(entry.window, self._elapsed())
+            self._numbered[entry.number] = entry
+            self._order.advance(entry.number)
         else:
             self._small_nbytes += nbytes
             self._small_peak = max(self._small_peak, self._small_nbytes)
@@ -321,7 +319,7 @@ class ActivationSpill:
             self._residency.admit(entry, storage)
         except BudgetExceeded as error:
             # The forward goes on without these bytes, so that the backward can say which budget would do.
-            entry.lost = error
+            entry.lost = error.with_traceback(None)  # whose frames would keep what was refused
             return
         if not entry.can_spill:
             return
@@ -422,7 +420,10 @@ class ActivationSpill:
     @property
     def _overhead(self) -> int:
         """Bytes of the budget that no plan can use: small tensors, and what pages round up."""
-        return self._small_peak + self._page
+        return self._small_peak + _page(self.budget)
+
+    def _with_overhead(self, needed: int) -> int:
+        return needed + self._small_peak + _page(needed)
 
     def _measured_rates(self) -> Rates:
         known = machine.cached_rates(self._scratch.directory)
@@ -483,7 +484,7 @@ class ActivationSpill:
         """The same error, with the smallest budget that would do for the backward under way."""
         node = running_node()
         demands = [self._demand(packed) for packed in packed_by_node(node)] if node is not None else []
-        least = max([*demands, error.asked]) + self._overhead + self._residency.escaped()
+        least = self._with_overhead(max([*demands, error.asked])) + self._residency.escaped()
         hint = "Each backward step needs that much in memory at once; a smaller batch or sequence needs less."
         if node is not None and node.name().startswith("CompiledFunction"):
             hint = (
@@ -493,13 +494,18 @@ class ActivationSpill:
 
     def _demand(self, packed: list[object]) -> int:
         entries = {token.entry for token in packed if isinstance(token, _Token)}
-        return sum(entry.nbytes + 2 * 4096 for entry in entries if entry.can_spill)
+        return sum(entry.window for entry in entries if entry.can_spill)
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
             raise SpillMisuse("this spill belongs to the process that made it; a forked child needs its own")
         if not self._close.alive:
             raise SpillMisuse("this spill is closed; make a new one")
+
+
+def _page(budget: int) -> int:
+    """Bytes of read buffer committed at once: huge pages, unless they would be coarse beside the budget."""
+    return HUGE_PAGE if budget >= 32 * HUGE_PAGE else BLOCK
 
 
 def _refuse_node() -> None:
