@@ -17,7 +17,7 @@ from undercroft.units import MIB
 
 UNDERCROFT = Path(sys.executable).with_name("undercroft")
 TINY = ["--layers", "2", "--width", "64", "--sequence-length", "64", "--batch-size", "2", "--steps", "3"]
-TINY += ["--budget", "1MiB", "--min-bytes", "4KiB"]
+TINY += ["--budget", "4MiB", "--min-bytes", "4KiB"]
 ROWS = (
     Row(name="plain", failure=None, peak_nbytes=8 * MIB, fraction=1.0, equal=True),
     Row(name="spilled", failure=None, peak_nbytes=2 * MIB, fraction=0.25, equal=True, spilled_nbytes=MIB),

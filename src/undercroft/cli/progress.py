@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.live import Live
 
 _LINES = 20
 
@@ -28,8 +28,9 @@ class Steps:
     def __init__(self, name: str) -> None:
         self._name = name
         self._watched = sys.stderr.isatty()
-        self._bar: Progress | None = None
-        self._task: Any = None
+        self._text = ""
+        self._live: Live | None = None
+        self._bar: Any = None
 
     def show(self, step: int, steps: int, text: str) -> None:
         """Step number `step` of `steps` has ended; `text` says how."""
@@ -44,15 +45,30 @@ class Steps:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def _advance(self, step: int, steps: int, text: str) -> None:
-        if self._bar is None:
-            self._bar = _new_bar()
-            self._bar.start()
-            self._task = self._bar.add_task(self._name, total=steps, text=text)
-        self._bar.update(self._task, completed=step, text=text)
+        if self._live is None:
+            self._live = self._begin(steps)
+        self._bar.update(0, completed=step)
+        self._text = text
+
+    def _begin(self, steps: int) -> Live:
+        from rich.console import Console, Group
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.text import Text
+
+        columns = (TextColumn(self._name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns)
+        self._bar.add_task(self._name, total=steps)
+        live = Live(
+            console=Console(stderr=True),
+            get_renderable=lambda: Group(self._bar, Text(self._text, overflow="ellipsis")),
+        )
+        live.start()
+        return live
 
 
 @contextmanager
@@ -65,17 +81,3 @@ def warnings_as_lines() -> Generator[None]:
 
 def _show_warning(message: Warning | str, *place: object) -> None:
     print(f"undercroft: {message}", file=sys.stderr, flush=True)
-
-
-def _new_bar() -> Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )

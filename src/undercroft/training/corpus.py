@@ -70,7 +70,9 @@ class Corpus:
         """In words, which tokens the loss counts."""
         said = "every token" if self.counted is None else "what the assistant wrote"
         if self.unmarked:
-            said += f"; all of {self.unmarked} conversations, whose chat template does not tell who wrote what"
+            said += (
+                f"; all of {self.unmarked} conversations, whose chat template does not tell who wrote what"
+            )
         return said
 
 
