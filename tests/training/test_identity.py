@@ -156,6 +156,7 @@ def test_what_can_only_be_kept() -> None:
         "mkldnn": dense.to_mkldnn(),
         "meta": torch.empty(2, device="meta"),
         "inference": made_in_inference,
+        "zeros": torch._efficientzerotensor(2),
     }
     assert not [name for name, tensor in kept.items() if why_kept(tensor) is None]
 

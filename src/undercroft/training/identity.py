@@ -38,6 +38,8 @@ def why_kept(tensor: torch.Tensor) -> str | None:
         return "inside vmap or grad"
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_mkldnn:
         return "layout"
+    if tensor._is_zerotensor():  # forward-mode differentiation makes them: a size without bytes
+        return "zeros"
     if tensor.device.type not in ("cpu", "cuda") or tensor.is_inference():
         return "device"
     return None
