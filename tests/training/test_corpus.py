@@ -15,7 +15,10 @@ from undercroft.models.tokenizer import Tokenizer
 from undercroft.training.corpus import IGNORED, read_corpus
 
 CHAT = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
-TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}.{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}{{ m.content }}.{% endfor %}"
+    "{% if add_generation_prompt %}a{% endif %}"
+)
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
