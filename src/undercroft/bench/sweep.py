@@ -96,7 +96,8 @@ def _point(budget: int, history: History, plain: History) -> Point:
 
 
 def _answer(settings: TrainingSettings, points: Sequence[Point], activations: int, plain: int) -> Answer:
-    slope, tail = linear_regression([each.budget for each in points], [each.above_idle for each in points])
+    slope = linear_regression([each.budget for each in points], [each.above_idle for each in points]).slope
+    lowest = points[-1]
     return Answer(
         theme="budget-sweep",
         question="Does the memory that training occupies follow the budget, down to the least that can be met?",
@@ -125,7 +126,8 @@ def _answer(settings: TrainingSettings, points: Sequence[Point], activations: in
         ),
         notes=(
             f"all activations are {format_size(activations)}; plain training occupies {format_size(plain)} "
-            f"above its idle; beyond the budget lie {format_size(tail)} (logits and what is being computed)",
+            f"above its idle; beyond the least budget lie {format_size(lowest.above_idle - lowest.budget)}, "
+            "which no budget can take away: logits, what is being computed, memory that waits for reuse",
         ),
         figures=_figures(settings, points, activations, plain),
         plot=_plot(points, activations, plain),
