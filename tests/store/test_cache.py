@@ -825,4 +825,6 @@ class AgainstTheFile(RuleBasedStateMachine):
 
 
 AgainstTheFile.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
-TestAgainstTheFile = pytest.mark.slow(AgainstTheFile.TestCase)  # what it draws depends on timing: flaky under load
+TestAgainstTheFile = pytest.mark.slow(
+    AgainstTheFile.TestCase
+)  # what it draws depends on timing: flaky under load
