@@ -39,7 +39,7 @@ def test_two_ways_give_rows_beside_plain(settings: FinetuneSettings, tmp_path: P
     before = sorted(tmp_path.rglob("*"))
     steps: list[tuple[str, int]] = []
     rows = compare(
-        replace(settings, budget="64KiB", min_bytes="1KiB"),
+        replace(settings, budget="96KiB", min_bytes="1KiB"),
         ways=("keep", "spill"),
         watch=lambda name: lambda step, steps_, loss: steps.append((name, step)),
     )
