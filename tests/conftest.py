@@ -10,6 +10,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import tqdm
+
+tqdm.tqdm.monitor_interval = 0  # its thread lives as long as the process, and is nobody's leak
 
 Mount = Callable[..., Path]
 

@@ -16,7 +16,8 @@ def run(program: str, **environment: str) -> str:
     """What a program prints in a fresh process in which a pool was asked for as `p`."""
     whole = f"import torch\nfrom undercroft.store import pool\np = pool.install()\nMIB = {MIB}\n{program}"
     env = {**os.environ, **environment}
-    done = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, env=env, check=False)
+    command = [sys.executable, "-c", whole]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -94,6 +95,7 @@ stop = threading.Event()
 def churn():
     while not stop.is_set():
         torch.empty(2 * MIB, dtype=torch.uint8)
+torch.ones(1), torch.empty(1)  # a first call registers with atexit, and glibc's lock for that survives no fork
 thread = threading.Thread(target=churn)
 thread.start()
 codes = []

@@ -74,9 +74,8 @@ def measure_disk(directory: str | os.PathLike[str], *, nbytes: int = 256 * MIB) 
     with (
         _typed_errors(disk.directory),
         tempfile.TemporaryFile(dir=disk.directory, buffering=0) as file,
-        _buffers(max(_DEPTHS)) as buffers,
     ):
-        probe = _Probe(file.fileno(), buffers)
+        probe = _Probe(file.fileno(), _buffers(max(_DEPTHS)))
         probe.fill(nchunks)
         depths = tuple(probe.measure(depth) for depth in _DEPTHS)
     today = datetime.now(UTC).date().isoformat()
@@ -146,22 +145,17 @@ def _go_direct(fd: int, buffer: memoryview) -> bool:
     return True
 
 
-@contextmanager
-def _buffers(count: int) -> Generator[list[memoryview]]:
+def _buffers(count: int) -> list[memoryview]:
     """Page-aligned buffers of one chunk, in huge pages where the kernel has them, with random content."""
     arena = mmap.mmap(-1, count * _CHUNK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without transparent huge pages
         arena.madvise(mmap.MADV_HUGEPAGE)
     noise = os.urandom(_CHUNK)  # a file system that compresses must not look fast
-    with arena, memoryview(arena) as whole:
-        buffers = [whole[index * _CHUNK : (index + 1) * _CHUNK] for index in range(count)]
-        for buffer in buffers:
-            buffer[:] = noise
-        try:
-            yield buffers
-        finally:
-            for buffer in buffers:
-                buffer.release()
+    whole = memoryview(arena)
+    buffers = [whole[index * _CHUNK : (index + 1) * _CHUNK] for index in range(count)]
+    for buffer in buffers:
+        buffer[:] = noise
+    return buffers
 
 
 @contextmanager

@@ -28,7 +28,8 @@ class Entry:
     Attributes:
         ref: the storage that was saved.
         nbytes: its size when it was saved.
-        window: the room a read of it takes: the whole 4096-byte blocks that it touches.
+        window: the most room a read of it takes: whole 4096-byte blocks, wherever among them it begins, so that
+            what is planned for one step holds for the next, whose addresses differ.
         view: the tensor that was saved first.
         carrier: what carries its bytes between their device and the disk.
         mark: what the carrier noted when it was saved.
@@ -76,7 +77,7 @@ class Entry:
     ) -> None:
         self.ref = StorageRef(storage)
         self.nbytes = storage.nbytes()
-        self.window = round_up(storage.data_ptr() % BLOCK + self.nbytes)
+        self.window = round_up(BLOCK - 1 + self.nbytes)
         self.view = view
         self.carrier = carrier
         self.mark: Any = None
