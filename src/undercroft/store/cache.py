@@ -269,10 +269,10 @@ class RecordCache:
         if self._shelf.loading:
             self._changed.wait()
             return 0.0
-        if patience <= 0 or self._first_pending(request).occupied > self.budget:
-            error = self._shelf.no_room(self._first_pending(request))
+        first = self._first_pending(request)
+        if patience <= 0 or first.occupied > self.budget:
             request.forget()
-            raise error
+            raise self._shelf.no_room(first)
         self._changed.wait(_POLL_SECONDS)  # the death of a lease cannot wake us: it may take no lock
         return _POLL_SECONDS
 

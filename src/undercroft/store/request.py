@@ -51,7 +51,10 @@ class Request:
         if isinstance(outcome, Lease):
             return key, outcome
         self.forget()
-        raise outcome
+        try:
+            raise outcome
+        finally:
+            del outcome  # an error that its own frame names is garbage only for the collector, with all it holds
 
     def forget(self) -> None:
         """Want nothing more, and let go of what arrived: a traceback may keep this object alive."""
