@@ -34,6 +34,8 @@ from undercroft.store.writer import RecordWriter
 from undercroft.testing import FlakyDisk
 from undercroft.units import MIB
 
+LARGE = 2 * MIB  # too large to be gathered with its neighbours
+
 BLOCK = 4096
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -417,7 +419,7 @@ class TestForesight:
 
     def test_a_demand_cancels_reads_that_only_a_hint_wanted(self, build: Build) -> None:
         disk = WatchedDisk()
-        house = build([MIB, MIB, MIB, MIB, MIB], 4 * MIB // BLOCK, disk=disk, workers=1)
+        house = build([LARGE] * 5, 4 * LARGE // BLOCK, disk=disk, workers=1)
         disk.hold(0)
         house.cache.foresee(keys(0, 1, 2, 3))
         disk.wait_for_read(0)
@@ -426,12 +428,12 @@ class TestForesight:
         assert [k for k, _ in fetched] == keys(4)
         assert house.count("cancelled_prefetches") == 1
         house.settle()
-        assert 3 * MIB not in disk.offsets  # the last of the hint gave way
+        assert 3 * LARGE not in disk.offsets  # the last of the hint gave way
         assert house.resident() == {0, 1, 2, 4}
 
     def test_a_demand_comes_before_what_was_foreseen(self, build: Build) -> None:
         disk = WatchedDisk()
-        house = build([MIB] * 5, 5 * MIB // BLOCK, disk=disk, workers=1)
+        house = build([LARGE] * 5, 5 * LARGE // BLOCK, disk=disk, workers=1)
         disk.hold(0)
         house.cache.foresee(keys(0, 1, 2))
         disk.wait_for_read(0)
@@ -439,7 +441,7 @@ class TestForesight:
         disk.let_go()
         assert [k for k, _ in fetched] == keys(2, 4)
         house.settle()
-        assert [offset // MIB for offset in disk.offsets] == [0, 2, 4, 1]
+        assert [offset // LARGE for offset in disk.offsets] == [0, 2, 4, 1]
 
     def test_a_record_asked_for_while_its_hint_is_being_cancelled_comes_all_the_same(
         self, build: Build
@@ -474,28 +476,32 @@ class TestGathering:
         assert found == {key(n): content(n, s) for n, s in [(0, 100), (1, BLOCK), (2, BLOCK + 1), (4, 6)]}
         assert sorted(disk.reads) == [(0, [BLOCK, BLOCK, 2 * BLOCK]), (5 * BLOCK, [BLOCK])]
 
-    def test_records_of_a_mib_are_read_alone(self, build: Build) -> None:
+    def test_records_above_a_mib_are_read_alone(self, build: Build) -> None:
         disk = WatchedDisk()
-        house = build([MIB, MIB - BLOCK, MIB - BLOCK, MIB], 1100, disk=disk)
+        house = build([LARGE, MIB, MIB, LARGE], 2000, disk=disk)
         list(house.cache.fetch(keys(0, 1, 2, 3)))
-        assert sorted(disk.reads) == [
-            (0, [MIB]),
-            (MIB, [MIB - BLOCK, MIB - BLOCK]),
-            (3 * MIB - 2 * BLOCK, [MIB]),
-        ]
+        assert sorted(disk.reads) == [(0, [LARGE]), (LARGE, [MIB, MIB]), (LARGE + 2 * MIB, [LARGE])]
 
-    def test_one_call_reads_at_most_4_mib(self, build: Build) -> None:
+    def test_larger_ones_are_read_together_while_enough_is_on_its_way(self, build: Build) -> None:
         disk = WatchedDisk()
-        house = build([MIB // 2] * 10, 2000, disk=disk)
-        list(house.cache.fetch(keys(*range(10))))
-        assert sorted((offset, len(parts)) for offset, parts in disk.reads) == [(0, 8), (4 * MIB, 2)]
+        house = build([4 * MIB] * 10, 24 * MIB // BLOCK, disk=disk, workers=1)
+        for _, lease in house.cache.fetch(keys(*range(10))):
+            del lease
+        assert [len(parts) for _, parts in disk.reads[:6]] == [1] * 6
+        assert 2 in [len(parts) for _, parts in disk.reads[6:]]
 
-    def test_one_call_reads_as_many_records_as_the_system_takes_at_once(self, build: Build) -> None:
+    def test_one_call_reads_at_most_8_mib(self, build: Build) -> None:
+        disk = WatchedDisk()
+        house = build([MIB] * 10, 2600, disk=disk)
+        list(house.cache.fetch(keys(*range(10))))
+        assert sorted((offset, len(parts)) for offset, parts in disk.reads) == [(0, 8), (8 * MIB, 2)]
+
+    def test_more_records_than_one_call_takes_come_with_the_next(self, build: Build) -> None:
         disk = WatchedDisk()
         house = build([1] * 1030, 1030, disk=disk)
         found = {k: bytes_of(house.cache, k, lease) for k, lease in house.cache.fetch(keys(*range(1030)))}
         assert all(found[key(n)] == content(n, 1) for n in range(1030))
-        assert [len(parts) for _, parts in sorted(disk.reads)] == [1024, 6]
+        assert [len(parts) for _, parts in disk.reads] == [1030, 6]
 
     def test_a_run_ends_where_the_room_ends(self, build: Build) -> None:
         disk = WatchedDisk()

@@ -127,7 +127,7 @@ class TestRoundTrip:
             assert torch.equal(read(file, KEY), torch.arange(24).to(torch.uint8).view(torch.int16).view(3, 4))
 
     def test_a_record_larger_than_any_buffer_or_chunk(self, path: Path) -> None:
-        content = noise(9 * MIB + 123)
+        content = noise(17 * MIB + 123)
         write(path, {KEY: content})
         with RecordFile.open(path) as file:
             assert len(file.chunks([(file[KEY], 0)])) == 3

@@ -48,13 +48,15 @@ class Rig:
     Attributes:
         place: an empty private directory.
         slab: committed buffers with random content, for a file system that compresses must not look fast.
-        queue: the store's threads.
+        queue: the store's threads, for reads.
+        writer: the store's threads for writes, one more, because writes never take the last.
         raw: as many threads without a store.
     """
 
     place: Path
     slab: Slab
     queue: TransferQueue
+    writer: TransferQueue
     raw: RawLoop
 
     def buffers(self, nbytes: int) -> list[Lease]:
@@ -80,9 +82,10 @@ def set_up(directory: Path, *, depth: int) -> Generator[Rig]:
         with (
             TemporaryDirectory(prefix="bench-", dir=directory) as place,
             TransferQueue(workers=depth) as queue,
+            TransferQueue(workers=depth + 1) as writer,
             RawLoop(depth) as raw,
         ):
-            rig = Rig(place=Path(place), slab=slab, queue=queue, raw=raw)
+            rig = Rig(place=Path(place), slab=slab, queue=queue, writer=writer, raw=raw)
             _fill_with_noise(rig)
             yield rig
     finally:

@@ -78,7 +78,7 @@ class _Stored:
             buffer = buffers[number % len(buffers)]
             extent, transfer = self._scratch.spill(buffer.address, _REQUEST, keep=buffer)
             self._extents.append(extent)
-            flying.append(self._rig.queue.submit(transfer, Priority.WRITE))
+            flying.append(self._rig.writer.submit(transfer, Priority.WRITE))
         for transfer in flying:
             transfer.wait()
 

@@ -29,10 +29,11 @@ from undercroft.store.records import RecordFile, homes
 from undercroft.store.request import Request
 from undercroft.store.shelf import Entry, Shelf, Spare
 from undercroft.store.slab import Lease, Slab
-from undercroft.store.transfer import Cancelled, Priority, Transfer, TransferQueue, check_process
+from undercroft.store.transfer import CHUNK, Cancelled, Priority, Transfer, TransferQueue, check_process
 from undercroft.units import parse_size
 
 _POLL_SECONDS = 0.005
+_PLENTY = 2 * CHUNK
 
 
 class RecordCache:
@@ -148,9 +149,14 @@ class RecordCache:
         with self._changed:
             self._check_open()
             absent = [key for key in wanted if key not in self._shelf.entries]
-            begun = self._admit(absent, lambda each: not each.foreseen and each.record.key not in protected)
-            for entry in begun:
+            begun: list[Entry] = []
+            for key in absent:
+                entry = self._admit(key, lambda each: not each.foreseen and each.key not in protected)
+                if entry is None:
+                    break
                 entry.foreseen = True
+                self._shelf.hints[entry] = None
+                begun.append(entry)
             self._recorder.count("foreseen", len(begun))
             transfers = self._loader.prepare(begun)
         self._loader.submit(transfers, Priority.PREFETCH)
@@ -198,16 +204,9 @@ class RecordCache:
             raise SpillMisuse("this record cache is closed; make a new one")
         self._shelf.collect()
 
-    def _admit(self, keys: Iterable[Key], spare: Spare) -> list[Entry]:
-        """Entries for the first of the keys, as many as there is room for."""
-        admitted: list[Entry] = []
-        for key in keys:
-            home = self._homes[key]
-            entry = self._shelf.admit(home[key], home, spare=spare)
-            if entry is None:
-                break
-            admitted.append(entry)
-        return admitted
+    def _admit(self, key: Key, spare: Spare) -> Entry | None:
+        home = self._homes[key]
+        return self._shelf.admit(home[key], home, spare=spare)
 
     def _ask(self, request: Request, key: Key) -> None:
         self._policy.touch(key)
@@ -221,27 +220,38 @@ class RecordCache:
 
     def _join(self, request: Request, entry: Entry) -> None:
         entry.foreseen = False
-        request.pending.pop(entry.record.key, None)
+        self._shelf.hints.pop(entry, None)
         if entry.loading:
-            request.flying.add(entry.record.key)
+            request.await_(entry.key, entry.nbytes)
             entry.waiters.append(weakref.ref(request))
             self._loader.hasten(entry, request.priority)
         else:
-            request.ready.append((entry.record.key, self._shelf.pin(entry)))
+            request.ready.append((entry.key, self._shelf.pin(entry)))
 
     def _begin(self, request: Request) -> list[Transfer]:
-        """Join what others began to read of the pending keys, and begin the rest as far as there is room."""
-        if not request.pending:
+        """Begin to read the pending keys as far as there is room, and join what others began to read of them.
+
+        While plenty is on its way, room is left to gather until it takes a whole call's worth of records.
+        """
+        is_busy = request.flying_nbytes >= _PLENTY
+        if not request.pending or (is_busy and self._shelf.room < CHUNK):
             return []
-        for key in [key for key in request.pending if key in self._shelf.entries]:
-            self._join(request, self._shelf.entries[key])
-        begun = self._admit(list(request.pending), _anything)
-        for entry in begun:
+        begun: list[Entry] = []
+        while request.pending:
+            key = next(iter(request.pending))
+            entry = self._shelf.entries.get(key)
+            if entry is None:
+                if (entry := self._admit(key, _anything)) is None:
+                    self._make_way(request)
+                    break
+                begun.append(entry)
+            del request.pending[key]
             self._join(request, entry)
-        if request.pending:
-            for entry in self._shelf.hints(self._first_pending(request).occupied):
-                self._loader.cancel(entry)
-        return self._loader.prepare(begun)
+        return self._loader.prepare(begun, is_busy=is_busy)
+
+    def _make_way(self, request: Request) -> None:
+        for hint in self._shelf.superfluous(self._first_pending(request).occupied):
+            self._loader.cancel(hint)
 
     def _deliver(self, request: Request) -> Iterator[tuple[Key, Lease]]:
         while self._has_more(request):
@@ -288,19 +298,20 @@ class RecordCache:
 
     def _settle(self, entry: Entry, error: Exception | None) -> None:
         if error is None:
-            entry.loading, entry.transfer = False, None
-            self._recorder.count("read_bytes", entry.record.occupied)
+            self._shelf.land(entry)
+            self._recorder.count("read_bytes", entry.nbytes)
         else:
             self._shelf.remove(entry)
             self._recorder.count("cancelled_prefetches", entry.foreseen and isinstance(error, Cancelled))
         waiters, entry.waiters = entry.waiters, []
         for waiter in waiters:
-            if (request := waiter()) is not None and entry.record.key in request.flying:
-                request.tell(entry.record.key, error or self._shelf.pin(entry))
+            if (request := waiter()) is not None and entry.key in request.flying:
+                request.tell(entry.key, entry.nbytes, error or self._shelf.pin(entry))
 
     def _evicted(self, entry: Entry) -> None:
         self._recorder.count("evictions")
-        self._recorder.count("useless_prefetches", entry.foreseen)
+        if entry.foreseen:
+            self._recorder.count("useless_prefetches")
 
 
 def _anything(entry: Entry) -> bool:

@@ -37,10 +37,11 @@ class Syscalls:
 
     def __init__(self) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
-        self._preadv, self._pwritev = libc.preadv64, libc.pwritev64
-        for call in (self._preadv, self._pwritev):
-            call.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
-            call.restype = ctypes.c_ssize_t
+        self._read, self._write = (libc.preadv64, libc.pread64), (libc.pwritev64, libc.pwrite64)
+        for scattered, plain in (self._read, self._write):
+            scattered.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
+            plain.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64)
+            scattered.restype = plain.restype = ctypes.c_ssize_t
         self._fallocate = libc.fallocate64
         self._fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
         self._sync_range = libc.sync_file_range
@@ -48,11 +49,11 @@ class Syscalls:
 
     def preadv(self, fd: int, iovecs: Sequence[Iovec], offset: int) -> int:
         """Bytes read at `offset` into the memory of `iovecs`; may be fewer than asked. Raises OSError."""
-        return self._call(self._preadv, fd, iovecs, offset)
+        return self._call(*self._read, fd, iovecs, offset)
 
     def pwritev(self, fd: int, iovecs: Sequence[Iovec], offset: int) -> int:
         """Bytes written at `offset` from the memory of `iovecs`; may be fewer than asked. Raises OSError."""
-        return self._call(self._pwritev, fd, iovecs, offset)
+        return self._call(*self._write, fd, iovecs, offset)
 
     def fallocate(self, fd: int, offset: int, nbytes: int) -> None:
         """Reserve disk blocks. Raises OSError, also where posix_fallocate would write into every block."""
@@ -63,10 +64,19 @@ class Syscalls:
         _check(self._sync_range(fd, offset, nbytes, 7))  # wait before, write, wait after
         os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
-    def _call(self, function: Callable[..., int], fd: int, iovecs: Sequence[Iovec], offset: int) -> int:
+    def _call(
+        self,
+        scattered: Callable[..., int],
+        plain: Callable[..., int],
+        fd: int,
+        iovecs: Sequence[Iovec],
+        offset: int,
+    ) -> int:
+        if len(iovecs) == 1:
+            return _check(plain(fd, *iovecs[0], offset))
         count = min(len(iovecs), _MOST_IOVECS)
         vector = (_CIovec * count)(*iovecs[:count])
-        return _check(function(fd, ctypes.byref(vector), count, offset))
+        return _check(scattered(fd, ctypes.byref(vector), count, offset))
 
 
 def _check(answer: int) -> int:

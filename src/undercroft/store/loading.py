@@ -35,9 +35,14 @@ class Loader:
     def __init__(self, queue: TransferQueue, on_arrival: Callable[[list[Arrival]], None]) -> None:
         self._queue, self._on_arrival = queue, on_arrival
 
-    def prepare(self, entries: Sequence[Entry]) -> list[Transfer]:
-        """The transfers that bring entries, which are marked as on their way; in the order of the entries."""
-        return [self._transfer(run) for run in gather(entries)]
+    def prepare(self, entries: Sequence[Entry], *, is_busy: bool = False) -> list[Transfer]:
+        """The transfers that bring entries, which are marked as on their way; in the order of the entries.
+
+        Args:
+            entries: what to bring.
+            is_busy: the disk has enough to do, so that calls are better few than many at once.
+        """
+        return [self._transfer(run) for run in gather(entries, CHUNK // 2 if is_busy else _SMALL)]
 
     def submit(self, transfers: Iterable[Transfer], priority: Priority) -> None:
         """Queue transfers; may wait for room in the queue. If that is closed, the entries are reported so."""
@@ -66,27 +71,29 @@ class Loader:
         self._on_arrival([(entry, _settle(entry, transfer.error)) for entry in run])
 
 
-def gather(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """Entries in runs that one call can read: neighbours in a file, each below 1 MiB, up to 4 MiB together.
+def gather(entries: Sequence[Entry], small: int) -> list[list[Entry]]:
+    """Entries in runs that one call can read: neighbours in a file, each of at most `small` bytes, in all a chunk.
 
     Runs come in the order in which the first entry of each was given.
     """
-    places = {entry.record.key: place for place, entry in enumerate(entries)}
+    if len(entries) < 2:
+        return [list(entries)] if entries else []
+    places = {entry.key: place for place, entry in enumerate(entries)}
     runs: list[list[Entry]] = []
-    for entry in sorted(entries, key=lambda entry: (str(entry.file.path), entry.record.offset)):
-        if runs and _joins(runs[-1], entry):
+    for entry in sorted(entries, key=lambda entry: (id(entry.file), entry.record.offset)):
+        if runs and _joins(runs[-1], entry, small):
             runs[-1].append(entry)
         else:
             runs.append([entry])
-    return sorted(runs, key=lambda run: min(places[entry.record.key] for entry in run))
+    return sorted(runs, key=lambda run: min(places[entry.key] for entry in run))
 
 
-def _joins(run: list[Entry], entry: Entry) -> bool:
+def _joins(run: list[Entry], entry: Entry, small: int) -> bool:
     last = run[-1]
     return (
         entry.file is last.file
         and entry.record.offset == last.record.end
-        and max(entry.record.occupied, last.record.occupied) < _SMALL
+        and max(entry.nbytes, last.nbytes) <= small
         and entry.record.end - run[0].record.offset <= CHUNK
     )
 

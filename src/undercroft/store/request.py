@@ -21,21 +21,29 @@ class Request:
         priority: of its reads.
         pending: keys that wait for room, in order.
         flying: keys that are being read.
+        flying_nbytes: bytes that these occupy.
         ready: what arrived, or why it did not, in that order.
     """
 
     priority: Priority
     pending: dict[Key, None] = field(default_factory=dict[Key, None])
     flying: set[Key] = field(default_factory=set[Key])
+    flying_nbytes: int = 0
     ready: deque[tuple[Key, Lease | Exception]] = field(default_factory=deque[tuple[Key, Lease | Exception]])
 
     def is_complete(self) -> bool:
         """Whether everything was handed over."""
         return not (self.pending or self.flying or self.ready)
 
-    def tell(self, key: Key, outcome: Lease | Exception) -> None:
+    def await_(self, key: Key, nbytes: int) -> None:
+        """A key is being read."""
+        self.flying.add(key)
+        self.flying_nbytes += nbytes
+
+    def tell(self, key: Key, nbytes: int, outcome: Lease | Exception) -> None:
         """What became of a key that was being read."""
         self.flying.remove(key)
+        self.flying_nbytes -= nbytes
         if isinstance(outcome, Cancelled):  # a hint that was cancelled before we asked for it
             self.pending[key] = None
         else:
@@ -54,7 +62,9 @@ class Request:
         try:
             raise outcome
         finally:
-            del outcome  # an error that its own frame names is garbage only for the collector, with all it holds
+            del (
+                outcome
+            )  # an error that its own frame names is garbage only for the collector, with all it holds
 
     def forget(self) -> None:
         """Want nothing more, and let go of what arrived: a traceback may keep this object alive."""

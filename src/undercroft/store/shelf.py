@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 from undercroft.errors import BudgetExceeded, TierFull
 from undercroft.store.policy import EvictionPolicy
@@ -33,6 +33,8 @@ class Entry:
         record: which.
         file: where from.
         lease: the room; None once it left, so that whoever still has the entry does not hold the bytes.
+        key: the record's.
+        nbytes: of the room.
         address: where the room starts.
         transfer: what brings the bytes; None once they are here.
         loading: whether the bytes are still to come.
@@ -43,6 +45,8 @@ class Entry:
     record: Record
     file: RecordFile
     lease: Lease | None
+    key: Key
+    nbytes: int
     address: int
     transfer: Transfer | None = None
     loading: bool = True
@@ -56,6 +60,14 @@ Spare = Callable[[Entry], bool]
 class Shelf:
     """Entries by key, under a budget of bytes.
 
+    Attributes:
+        budget: the most bytes that entries may take.
+        entries: by key.
+        held: bytes that they take.
+        idle: those of them that could leave: whose bytes are here, and not in use.
+        loading: entries whose bytes are on their way, in the order of their reads.
+        hints: those of them that nobody asked for, in that order too.
+
     Args:
         budget: the most bytes that entries may take.
         slab: where their room comes from; others may use it too.
@@ -67,21 +79,23 @@ class Shelf:
         self, budget: int, slab: Slab, policy: EvictionPolicy[Key], on_evict: Callable[[Entry], None]
     ) -> None:
         self.budget = budget
-        self.held = 0
+        self.held = self.idle = 0
+        self.loading: dict[Entry, None] = {}
+        self.hints: dict[Entry, None] = {}
         self.entries: dict[Key, Entry] = {}
         self._slab, self._policy, self._on_evict = slab, policy, on_evict
         self._pins: Counter[Key] = Counter()
         self._unpinned: SimpleQueue[Key] = SimpleQueue()
 
     @property
-    def pinned(self) -> int:
-        """Bytes of entries in use."""
-        return sum(entry.record.occupied for key, entry in self.entries.items() if key in self._pins)
+    def room(self) -> int:
+        """Bytes that are free or could be freed now, though perhaps not in one piece."""
+        return self.budget - self.held + self.idle
 
     @property
-    def loading(self) -> list[Entry]:
-        """Entries whose bytes are on their way, in the order of their reads."""
-        return [entry for entry in self.entries.values() if entry.loading]
+    def pinned(self) -> int:
+        """Bytes of entries in use."""
+        return sum(entry.nbytes for key, entry in self.entries.items() if key in self._pins)
 
     @property
     def resting(self) -> list[Entry]:
@@ -96,50 +110,64 @@ class Shelf:
             file: where it comes from.
             spare: which of the entries that could leave may do so for this record.
         """
-        lease = self._room(record.occupied, spare)
+        nbytes = record.occupied
+        lease = self._room(nbytes, spare)
         if lease is None:
             return None
-        entry = Entry(record, file, lease, lease.address)
-        self.entries[record.key] = entry
-        self.held += record.occupied
-        self._policy.insert(record.key)
+        key = record.key
+        entry = Entry(record, file, lease, key, nbytes, lease.address)
+        self.entries[key] = entry
+        self.loading[entry] = None
+        self.held += nbytes
+        self._policy.insert(key)
         return entry
+
+    def land(self, entry: Entry) -> None:
+        """The entry's bytes are here."""
+        entry.transfer = None
+        entry.loading = False
+        self._forget_read(entry)
+        self.idle += entry.nbytes
 
     def remove(self, entry: Entry) -> None:
         """Give the entry's room back; what is in use of it stays where it is until the last use ends."""
-        del self.entries[entry.record.key]
-        self.held -= entry.record.occupied
+        self.idle -= entry.nbytes if not entry.loading and entry.key not in self._pins else 0
+        self.held -= entry.nbytes
+        self._forget_read(entry)
+        del self.entries[entry.key]
         entry.lease = entry.transfer = None
-        self._policy.remove(entry.record.key)
+        self._policy.remove(entry.key)
 
     def pin(self, entry: Entry) -> Lease:
         """A lease of the entry's bytes; while it or a view of it lives, the entry stays."""
         assert entry.lease is not None
-        key = entry.record.key
+        key = entry.key
+        if not self._pins[key]:
+            self.idle -= entry.nbytes
         self._pins[key] += 1
         return entry.lease.pin(partial(self._unpinned.put, key))
 
     def collect(self) -> None:
         """Take note of the pins that died."""
-        while True:
-            try:
-                key = self._unpinned.get_nowait()
-            except Empty:
-                return
+        while not self._unpinned.empty():
+            key = self._unpinned.get()
             self._pins[key] -= 1
             if not self._pins[key]:
                 del self._pins[key]
+                if (entry := self.entries.get(key)) is not None:
+                    self.idle += entry.nbytes
 
-    def hints(self, nbytes: int) -> list[Entry]:
+    def superfluous(self, nbytes: int) -> list[Entry]:
         """Reads under way that nobody asked for, the latest first, as many as make room of `nbytes`."""
-        loading = self.loading
-        wanted = {id(entry.transfer) for entry in loading if not entry.foreseen}
-        hints: list[Entry] = []
-        for entry in reversed(loading):
+        if not self.hints:
+            return []
+        wanted = {id(entry.transfer) for entry in self.loading if entry not in self.hints}
+        found: list[Entry] = []
+        for entry in reversed(self.hints):
             if nbytes > 0 and id(entry.transfer) not in wanted:
-                hints.append(entry)
-                nbytes -= entry.record.occupied
-        return hints
+                found.append(entry)
+                nbytes -= entry.nbytes
+        return found
 
     def no_room(self, record: Record) -> BudgetExceeded | TierFull:
         """The error that says why `admit` has no room for a record."""
@@ -154,6 +182,10 @@ class Shelf:
             "has none; make it larger",
             errno=errno.ENOMEM,
         )
+
+    def _forget_read(self, entry: Entry) -> None:
+        self.loading.pop(entry, None)
+        self.hints.pop(entry, None)
 
     def _room(self, nbytes: int, spare: Spare) -> Lease | None:
         leaving = self._leaving(self.held + nbytes - self.budget, spare)
@@ -171,13 +203,15 @@ class Shelf:
     def _leaving(self, short: int, spare: Spare) -> list[Entry] | None:
         """The entries to evict for `short` bytes, or None where all that may leave are not enough."""
         leaving: list[Entry] = []
+        if short > self.idle:
+            return None
         victims = self._victims(spare)
         while short > 0:
             victim = next(victims, None)
             if victim is None:
                 return None
             leaving.append(victim)
-            short -= victim.record.occupied
+            short -= victim.nbytes
         return leaving
 
     def _victims(self, spare: Spare) -> Iterator[Entry]:

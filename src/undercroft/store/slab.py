@@ -13,10 +13,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
-import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from queue import Empty, SimpleQueue
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,24 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the standard library's mmap
 _MAP_NORESERVE = 0x4000
 
 
-class _Anchor(np.ndarray):
-    """The bytes of one lease as an array: whatever keeps it alive keeps the lease; a plain array takes no weakref."""
+class _Claim:
+    """A use of some bytes, which ends when this object dies: with the last lease or storage that refers to it.
+
+    NumPy takes it for an array's memory, and so keeps it as long as the array; that is done only for those
+    bytes that become a storage, since an array costs more than everything else that a lease needs.
+    """
+
+    __slots__ = ("_on_end", "address", "memory", "nbytes")
+
+    def __init__(self, address: int, nbytes: int, memory: object, on_end: Callable[[], None]) -> None:
+        self.address, self.nbytes, self.memory, self._on_end = address, nbytes, memory, on_end
+
+    def __del__(self) -> None:
+        self._on_end()
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {"data": (self.address, False), "shape": (self.nbytes,), "typestr": "|u1", "version": 3}
 
 
 class Lease:
@@ -43,16 +59,15 @@ class Lease:
         nbytes: how many there are, a multiple of 4096.
     """
 
-    __slots__ = ("_anchor", "address", "nbytes")
+    __slots__ = ("_claim", "address", "nbytes")
 
-    def __init__(self, anchor: _Anchor) -> None:
-        self._anchor = anchor
-        self.address = int(anchor.ctypes.data)
-        self.nbytes = anchor.nbytes
+    def __init__(self, claim: _Claim) -> None:
+        self._claim = claim
+        self.address, self.nbytes = claim.address, claim.nbytes
 
     def storage(self, offset: int, nbytes: int) -> torch.UntypedStorage:
         """A storage of exactly `nbytes` over the lease's bytes from `offset` on; it keeps the lease alive."""
-        whole = torch.frombuffer(self._anchor, dtype=torch.uint8, count=nbytes, offset=offset)
+        whole = torch.frombuffer(np.asarray(self._claim), dtype=torch.uint8, count=nbytes, offset=offset)
         return whole.untyped_storage()
 
     def pin(self, on_unpin: Callable[[], None]) -> Lease:
@@ -62,12 +77,7 @@ class Lease:
             on_unpin: called when that lease and every storage made of it are gone, in the middle of any other
                 call of any thread: it may take no lock.
         """
-        held = np.asarray(
-            memoryview(self._anchor.data)
-        )  # an array of an array would hold the latter's base only
-        anchor = held.view(_Anchor)
-        weakref.finalize(anchor, on_unpin).atexit = False
-        return Lease(anchor)
+        return Lease(_Claim(self.address, self.nbytes, self._claim, on_unpin))
 
 
 class Slab:
@@ -111,7 +121,8 @@ class Slab:
         )
         self._base = -_address(self._map) % page
         _advise(self._map)
-        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self._address = _address(self._map) + self._base
+        self._bytes = memoryview(self._map)  # leases hold it: a mapping is not unmapped under a view
         self._registered = False
         self._closed = False
         if prefault:
@@ -173,8 +184,7 @@ class Slab:
         if self._registered:
             return
         self._prefault()
-        address = _address(self._map) + self._base
-        _cuda_check(_cuda_runtime().cudaHostRegister(address, self.capacity, 0))
+        _cuda_check(_cuda_runtime().cudaHostRegister(self._address, self.capacity, 0))
         self._registered = True
 
     def close(self) -> None:
@@ -182,28 +192,25 @@ class Slab:
         self._closed = True
         self.trim()
         if self._registered:
-            _cuda_check(_cuda_runtime().cudaHostUnregister(_address(self._map) + self._base))
+            _cuda_check(_cuda_runtime().cudaHostUnregister(self._address))
             self._registered = False
             self.trim()
-        self._bytes = np.empty(0, dtype=np.uint8)
+        self._bytes = memoryview(b"")
         with suppress(BufferError):  # a live lease holds the mapping; the last one to die unmaps it
             self._map.close()
 
     def _hand_out(self, offset: int, length: int) -> Lease:
-        start = self._base + offset
-        anchor = self._bytes[start : start + length].view(_Anchor)
-        weakref.finalize(anchor, self._returned.put, (offset, length)).atexit = False
-        return Lease(anchor)
+        on_end = partial(self._returned.put, (offset, length))
+        return Lease(_Claim(self._address + offset, length, self._bytes, on_end))
 
     def _collect(self) -> None:
         """Take back what died. Finalizers may run inside any call of ours, so they only fill a re-entrant queue."""
-        while True:
-            try:
-                self._ranges.give(*self._returned.get_nowait())
-            except Empty:
-                return
+        while not self._returned.empty():
+            self._ranges.give(*self._returned.get())
 
     def _commit(self, offset: int, length: int) -> bool:
+        if len(self._pages) * self._page == self.capacity:
+            return True
         first, end = offset // self._page, -(-(offset + length) // self._page)
         fresh = [page for page in range(first, end) if page not in self._pages]
         taken: dict[int, Reservation] = {}

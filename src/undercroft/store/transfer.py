@@ -1,7 +1,7 @@
 """Moves in flight: one priority queue, a few threads, chunks.
 
 It knows files, addresses and priorities; not tensors, budgets or what is worth moving. A `Transfer` is cut
-into chunks of a few MiB. Workers always take the next chunk of the most urgent class that has room in
+into chunks of 8 MiB. Workers always take the next chunk of the most urgent class that has room in
 flight, so a demand read waits for at most one chunk per worker, and cancelling takes effect at the next
 chunk. Invariants: memory named in a transfer is kept alive until its last chunk has come back, also after a
 cancel, because the kernel owns it until then; of two workers or more, writes never occupy the last, so they
@@ -38,7 +38,8 @@ from undercroft.events import Recorder
 from undercroft.store.disk import DiskFile, Iovec
 from undercroft.units import MIB
 
-CHUNK = 4 * MIB
+CHUNK = 8 * MIB
+"""Bytes of one system call: fewer cost more CPU each, more make a demand wait longer for its turn."""
 
 
 class Priority(IntEnum):
@@ -121,12 +122,14 @@ class Transfer:
         self._keep: object = keep
         self._before = before
         self._on_done = on_done
-        self._finished = threading.Event()
+        self._is_over = False
+        self._under_way = threading.Lock()  # held until the end; lighter than an event
+        self._under_way.acquire()
         self._process = os.getpid()
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
-        return self._finished.is_set()
+        return self._is_over
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until it has ended; False if `timeout` seconds passed first.
@@ -153,7 +156,10 @@ class Transfer:
     def _settle(self, timeout: float | None) -> bool:
         if not self.done():
             check_process(self._process)
-        return self._finished.wait(timeout)
+        ended = self._under_way.acquire(timeout=-1 if timeout is None else timeout)
+        if ended:
+            self._under_way.release()  # for the next who waits
+        return ended
 
     def _run(self, index: int, chunk: Chunk) -> None:
         if self._before is not None:
@@ -178,7 +184,8 @@ class Transfer:
             self.error = self.error or self._surfacing(raised)
         finally:
             self._keep = self._before = None
-            self._finished.set()
+            self._is_over = True
+            self._under_way.release()
 
     def _surfacing(self, raised: BaseException) -> UndercroftError:
         if isinstance(raised, UndercroftError):
@@ -213,7 +220,8 @@ class TransferQueue:
     """Threads that carry out transfers.
 
     Args:
-        workers: threads, at least 1. Two keep one disk busy; more help across several disks.
+        workers: threads, at least 1. Two calls in flight keep one disk busy, and writes never take the last
+            thread, so that three are enough for one; more help across several disks.
         max_queued: transfers that may wait at once; `submit` blocks beyond (back-pressure).
         recorder: where each chunk is recorded, on lanes "disk read" and "disk write".
 
@@ -221,7 +229,7 @@ class TransferQueue:
         InvalidInput: less than one worker, or no room for a transfer.
     """
 
-    def __init__(self, *, workers: int = 2, max_queued: int = 4096, recorder: Recorder | None = None) -> None:
+    def __init__(self, *, workers: int = 3, max_queued: int = 4096, recorder: Recorder | None = None) -> None:
         if workers < 1 or max_queued < 1:
             raise InvalidInput(f"{workers} workers and room for {max_queued} transfers would move nothing")
         self._recorder = recorder or Recorder(enabled=False)

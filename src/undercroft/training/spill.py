@@ -92,7 +92,7 @@ class ActivationSpill:
         capacity: the most bytes of disk to occupy.
         write_cap: the most bytes ever to write, to spare an SSD.
         checksums: verify what comes back (about 0.12 CPU-s per GB).
-        workers: I/O threads.
+        workers: I/O threads; all but one may write at once.
         recorder: where transfers are recorded; none are kept by default.
 
     Raises:
@@ -110,7 +110,7 @@ class ActivationSpill:
         capacity: int | str | None = None,
         write_cap: int | str | None = None,
         checksums: bool = False,
-        workers: int = 2,
+        workers: int = 3,
         recorder: Recorder | None = None,
     ) -> None:
         self.budget = parse_size(budget)
