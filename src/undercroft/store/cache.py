@@ -17,6 +17,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -129,9 +130,10 @@ class RecordCache:
             self._check_open()
             for key in wanted:
                 self._ask(request, key)
+            self._recorder.count("misses", len(request.pending))
             transfers = self._begin(request)
         self._loader.submit(transfers, priority)
-        return self._deliver(request)
+        return iter(partial(self._next, request), None)  # a generator would hold the lease it gave last
 
     def foresee(self, keys: Iterable[tuple[str, str]]) -> None:
         """Hint that records will be asked for. They are read behind all demands, as far as there is room.
@@ -212,7 +214,6 @@ class RecordCache:
         self._policy.touch(key)
         entry = self._shelf.entries.get(key)
         if entry is None:
-            self._recorder.count("misses")
             request.pending[key] = None
         else:
             self._recorder.count("waits" if entry.loading else "hits")
@@ -253,19 +254,14 @@ class RecordCache:
         for hint in self._shelf.superfluous(self._first_pending(request).occupied):
             self._loader.cancel(hint)
 
-    def _deliver(self, request: Request) -> Iterator[tuple[Key, Lease]]:
-        while self._has_more(request):
-            yield self._next(request)  # not by way of a variable, which would keep the lease
-
-    def _has_more(self, request: Request) -> bool:
-        with self._changed:
-            return not request.is_complete()
-
-    def _next(self, request: Request) -> tuple[Key, Lease]:
+    def _next(self, request: Request) -> tuple[Key, Lease] | None:
+        """What arrived first of what was not handed over yet; None once everything was."""
         check_process(self._process)
         patience = self._patience
         while True:
             with self._changed:
+                if request.is_complete():
+                    return None
                 self._check_open()
                 transfers = self._begin(request)
                 if not transfers:
@@ -294,12 +290,13 @@ class RecordCache:
         with self._changed:
             for entry, error in arrivals:
                 self._settle(entry, error)
+            landed = sum(entry.nbytes for entry, error in arrivals if error is None)
+            self._recorder.count("read_bytes", landed)
             self._changed.notify_all()
 
     def _settle(self, entry: Entry, error: Exception | None) -> None:
         if error is None:
             self._shelf.land(entry)
-            self._recorder.count("read_bytes", entry.nbytes)
         else:
             self._shelf.remove(entry)
             self._recorder.count("cancelled_prefetches", entry.foreseen and isinstance(error, Cancelled))

@@ -13,7 +13,7 @@ from undercroft.store.slab import Lease
 from undercroft.store.transfer import Cancelled, Priority
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Request:
     """The state of a fetch.
 
