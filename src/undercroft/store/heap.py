@@ -52,7 +52,8 @@ class Heap:
     """Gives freed memory back at the right moments of a step.
 
     Args:
-        patience: bytes freed before the next `trim_if_due` acts. The pool bounds by itself what waits in it.
+        patience: the most bytes that may wait for reuse: bytes freed before the next `trim_if_due` acts, and the
+            limit of the pool, which needs no reminder.
     """
 
     def __init__(self, patience: int) -> None:
@@ -60,6 +61,8 @@ class Heap:
         self._patience = patience
         self._freed = 0
         self._pool = pool.install()
+        if self._pool is not None:
+            self._pool.limit(patience)
 
     def freed(self, nbytes: int) -> None:
         """Take note that a tensor of `nbytes` was let go. A lost update between threads only shifts the next trim."""

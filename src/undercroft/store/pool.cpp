@@ -3,15 +3,18 @@
 // Why: glibc 2.36 never reuses the hole that an aligned block leaves for the next aligned block of the same size, so
 // activations that come and go walk through the heap and keep several times their bytes resident; and giving those
 // pages back costs a page fault each on the way in again. Here a freed block waits for the next request of its size,
-// huge pages and all. Blocks that wait are bounded, and given back oldest first.
+// huge pages and all. Blocks that wait are bounded, and given back oldest first. A request that finds none of its size
+// pushes out as many bytes of others, so that a step whose sizes differ from the last one's does not hold both.
 //
-// Invariant: `waiting_bytes` never exceeds `limit` after a call returns; every block is in exactly one place.
+// Invariants: `waiting_bytes` never exceeds `limit` after a call returns; bytes in use and waiting together never exceed
+// the most ever in use by more than `kSlack`; every block is in exactly one place.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <list>
@@ -23,6 +26,7 @@ namespace {
 
 constexpr size_t kSmallest = size_t{1} << 20;
 constexpr size_t kPage = 4096;
+constexpr size_t kSlack = size_t{64} << 20;
 
 struct Block {
   void* address;
@@ -34,7 +38,10 @@ class Pool {
   void* take(size_t nbytes) {
     std::lock_guard<std::mutex> guard(mutex_);
     void* address = reuse(nbytes);
-    if (address == nullptr) address = map(nbytes);
+    if (address == nullptr) {
+      if (waiting_bytes_ > kSlack) shrink(std::max(kSlack, waiting_bytes_ - std::min(waiting_bytes_, nbytes)));
+      address = map(nbytes);
+    }
     used_.emplace(address, nbytes);
     used_bytes_ += nbytes;
     if (used_bytes_ > peak_) peak_ = used_bytes_;
@@ -120,7 +127,7 @@ class Pool {
   Waiting waiting_;
   std::unordered_multimap<size_t, Waiting::iterator> by_size_;
   std::unordered_map<void*, size_t> used_;
-  size_t used_bytes_ = 0, waiting_bytes_ = 0, peak_ = 0, limit_ = size_t{64} << 20;
+  size_t used_bytes_ = 0, waiting_bytes_ = 0, peak_ = 0, limit_ = kSlack;
 };
 
 // Never destroyed: tensors outlive static destructors.

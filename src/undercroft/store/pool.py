@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from undercroft import machine
-from undercroft.units import MIB
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC")
@@ -54,7 +53,7 @@ class Pool:
         library.undercroft_pool_install()
 
     def limit(self, nbytes: int) -> None:
-        """Let at most `nbytes` of freed blocks wait for reuse."""
+        """Let at most `nbytes` of freed blocks wait for reuse; 64 MiB before the first call."""
         self._library.undercroft_pool_set_limit(nbytes)
 
     def trim(self) -> int:
@@ -81,7 +80,6 @@ def install() -> Pool | None:
             "no tensor pool (%s): spilling works, but leaves more freed memory in the process", error
         )
         return None
-    pool.limit(64 * MIB)
     return pool
 
 
