@@ -1,6 +1,6 @@
 # Each target sets up what it needs. Only Python 3.11 or newer, make and a base Linux are assumed.
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -137,7 +137,7 @@ def test_a_read_only_disk_is_named(folder: Path, tmp_path: Path, mount: Mount) -
 def test_a_disk_too_small_is_said_before_the_error(folder: Path, tmp_path: Path, mount: Mount) -> None:
     disk = mount("tmpfs", "size=64k,mode=700")
     finished = train(folder, "model", "text.txt", "--output", tmp_path / "out", "--disk", disk)
-    assert "name a disk with more room (--disk)" in said(finished)
+    assert "name a directory with more room (--disk)" in said(finished)
     assert "undercroft: spilling stopped" in finished.stderr
     assert not (tmp_path / "out").exists()
     assert list(disk.iterdir()) == []

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from undercroft import ActivationSpill, CorruptRecord, SpillMisuse, TransferFailed
+from undercroft import ActivationSpill, CorruptRecord, SpillMisuse, TierFull, TransferFailed
 from undercroft.units import KIB, MIB
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -107,6 +107,17 @@ def test_a_full_disk_changes_no_number_where_the_budget_has_room(mount, spill) -
     assert "spilling stopped" in str(caught[0].message)
     assert "No space left" in str(caught[0].message)
     assert full.report.peak_nbytes <= 8 * MIB
+
+
+@pytest.mark.root
+def test_a_full_disk_is_the_cause_that_is_named_where_the_budget_has_no_room(mount, spill) -> None:
+    model = build()
+    full = spill(model, mount("tmpfs", "size=64k,mode=700"), 2 * MIB)
+    with warnings.catch_warnings(), full:
+        warnings.simplefilter("ignore")
+        loss = model(next(batches())).square().mean()
+        with pytest.raises(TierFull, match="name a directory with more room"):
+            loss.backward()
 
 
 def forward_and_harm(

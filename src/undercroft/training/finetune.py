@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from undercroft.errors import BudgetExceeded, InvalidInput, TierFull, UnsafeDirectory, UnsupportedModel
+from undercroft.errors import InvalidInput, UnsafeDirectory, UnsupportedModel
 from undercroft.models.causal import CausalModel, require_adapters
 from undercroft.models.load import open_causal_model, open_tokenizer
 from undercroft.models.tokenizer import Tokenizer
@@ -28,7 +28,6 @@ from undercroft.training.interrupt import Interruption
 from undercroft.training.run import OnStep, Run
 from undercroft.training.settings import FinetuneSettings
 from undercroft.training.spill import ActivationSpill
-from undercroft.units import format_size
 
 
 def finetune(settings: FinetuneSettings, *, on_step: OnStep | None = None) -> FinetuneReport:
@@ -166,13 +165,6 @@ def _spilling(settings: FinetuneSettings, model: CausalModel) -> Generator[Activ
     )
     try:
         yield spill
-    except BudgetExceeded as error:
-        if error.least is None or error.least > spill.budget:
-            raise
-        raise TierFull(  # the budget would do, had the disk taken what it should
-            f"the disk takes no more activations, and {format_size(spill.budget)} of memory do not hold "
-            "them all; name a disk with more room (--disk), raise --disk-capacity or --write-cap, or raise --budget"
-        ) from error
     finally:
         spill.close()
 

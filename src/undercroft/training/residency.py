@@ -35,6 +35,11 @@ NextUse = Callable[[Entry], float]
 class Residency:
     """The entries in memory and on disk.
 
+    Attributes:
+        lock: guards every state of an entry.
+        stall_seconds: that training has waited for transfers.
+        trouble: why the disk took something no more, if it ever did.
+
     Args:
         budget: bytes that held storages and read buffers may take together, on the host and on the device.
         carriers: what carries the bytes of each device, by its name.
@@ -58,13 +63,13 @@ class Residency:
     ) -> None:
         self.lock = threading.Lock()
         self.stall_seconds = 0.0
+        self.trouble: BaseException | None = None
         self._budget, self._carriers, self._scratch, self._queue = budget, carriers, scratch, queue
         self._next_use, self._heap, self._recorder = next_use, heap, recorder
         self._entries: dict[Entry, None] = {}
         self._by_key: dict[int, list[Entry]] = {}
         self._moves: dict[Transfer, None] = {}
         self._ended = 0
-        self._trouble: BaseException | None = None
         self._told = False
 
     # -- what the hooks ask -------------------------------------------------------------------------------------
@@ -190,10 +195,10 @@ class Residency:
 
     def tell(self) -> None:
         """Warn once, on the caller's thread, that the disk takes no more."""
-        if self._trouble is not None and not self._told:
+        if self.trouble is not None and not self._told:
             self._told = True
             text = (
-                f"spilling stopped: {self._trouble}. Activations stay in memory as far as the budget allows."
+                f"spilling stopped: {self.trouble}. Activations stay in memory as far as the budget allows."
             )
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
@@ -225,7 +230,7 @@ class Residency:
                 on_done=lambda ended: self._written(entry, extent, ended),
             )
         except OSError as error:
-            self._trouble = error
+            self.trouble = error
             return None
         entry.writing = transfer
         self._moves[transfer] = None
@@ -247,7 +252,7 @@ class Residency:
                 entry.held = None
                 self._release(entry)
             elif not isinstance(transfer.error, Cancelled):
-                self._trouble = transfer.error
+                self.trouble = transfer.error
             self._discard(entry)
 
     def _discard(self, entry: Entry) -> None:

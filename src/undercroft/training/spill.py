@@ -26,7 +26,7 @@ from typing import Self
 import torch
 
 from undercroft import machine
-from undercroft.errors import BudgetExceeded, InvalidInput, SpillMisuse, UnsupportedModel
+from undercroft.errors import BudgetExceeded, InvalidInput, SpillMisuse, TierFull, UnsupportedModel
 from undercroft.events import Recorder
 from undercroft.store.budget import Budget, Tier
 from undercroft.store.heap import Heap
@@ -44,7 +44,7 @@ from undercroft.training.recording import Recording
 from undercroft.training.report import SpillReport
 from undercroft.training.residency import Residency
 from undercroft.training.simulation import Rates
-from undercroft.units import MIB, parse_size
+from undercroft.units import MIB, format_size, parse_size
 
 _STALL_ALLOWED = 0.02
 _PREFETCH_LOOKAHEAD = 256
@@ -257,7 +257,7 @@ class ActivationSpill:
         try:
             storage = self._residency.materialise(entry)
         except BudgetExceeded as error:
-            raise self._name_least(error) from None
+            raise self._name_cause(error) from None
         if entry.extent is not None:
             _refuse_node()
         with self._residency.lock:
@@ -480,8 +480,14 @@ class ActivationSpill:
 
     # -- budgets that cannot be met -----------------------------------------------------------------------------
 
-    def _name_least(self, error: BudgetExceeded) -> BudgetExceeded:
-        """The same error, with the smallest budget that would do for the backward under way."""
+    def _name_cause(self, error: BudgetExceeded) -> BudgetExceeded | TierFull:
+        """Why there is no room: a disk that takes no more, or a budget below what the backward under way needs."""
+        if self._residency.trouble is not None:
+            return TierFull(
+                f"the disk takes no more activations ({self._residency.trouble}), and a budget of "
+                f"{format_size(self.budget)} does not hold all of them: name a directory with more room (--disk), "
+                "allow more of it (--disk-capacity, --write-cap), or give a larger budget"
+            )
         node = running_node()
         demands = [self._demand(packed) for packed in packed_by_node(node)] if node is not None else []
         least = self._with_overhead(max([*demands, error.asked])) + self._residency.escaped()
