@@ -24,6 +24,7 @@ from undercroft.errors import (
 if TYPE_CHECKING:
     from undercroft.store.budget import Budget
     from undercroft.training.finetune import finetune
+    from undercroft.training.loss import chunked_cross_entropy
     from undercroft.training.settings import FinetuneSettings
     from undercroft.training.spill import ActivationSpill
     from undercroft.training.trainer import SpillCallback
@@ -35,6 +36,7 @@ _HOMES = {
     "Budget": "undercroft.store.budget",
     "FinetuneSettings": "undercroft.training.settings",
     "SpillCallback": "undercroft.training.trainer",
+    "chunked_cross_entropy": "undercroft.training.loss",
     "finetune": "undercroft.training.finetune",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "UnsupportedModel",
     "WrongVersion",
     "__version__",
+    "chunked_cross_entropy",
     "finetune",
 ]
 
