@@ -223,7 +223,7 @@ class RecordCache:
         entry.foreseen = False
         self._shelf.hints.pop(entry, None)
         if entry.loading:
-            request.await_(entry.key, entry.nbytes)
+            request.expect(entry.key, entry.nbytes)
             entry.waiters.append(weakref.ref(request))
             self._loader.hasten(entry, request.priority)
         else:

@@ -35,7 +35,7 @@ class Request:
         """Whether everything was handed over."""
         return not (self.pending or self.flying or self.ready)
 
-    def await_(self, key: Key, nbytes: int) -> None:
+    def expect(self, key: Key, nbytes: int) -> None:
         """A key is being read."""
         self.flying.add(key)
         self.flying_nbytes += nbytes
