@@ -272,8 +272,8 @@ def test_there_must_be_something_to_resume_and_nothing_to_overwrite(settings: Fi
         ({"output": Path("/dev/null")}, InvalidInput, "is a file"),
         ({"output": Path("/proc/out")}, UnsafeDirectory, "cannot create"),
         ({"disks": (Path("/dev/null"),)}, UnsafeDirectory, "no directory"),
-        ({"disk_capacity": "4KiB"}, TierFull, "name a disk with more room"),
-        ({"write_cap": "4KiB"}, TierFull, "name a disk with more room"),
+        ({"disk_capacity": "4KiB"}, TierFull, "name a directory with more room"),
+        ({"write_cap": "4KiB"}, TierFull, "name a directory with more room"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,
 )
