@@ -7,11 +7,15 @@ those rows only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from undercroft.errors import InvalidInput
+
+_Part = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def chunked_cross_entropy(
@@ -52,6 +56,12 @@ def chunked_cross_entropy(
             logits = logits.float()
         return functional.cross_entropy(logits, theirs, ignore_index=ignore_index, reduction="sum")
 
-    pieces = zip(hidden.flatten(0, -2).split(rows), labels.flatten().split(rows), strict=True)
-    sums = [checkpoint(part, some, theirs, use_reentrant=False) for some, theirs in pieces]
-    return torch.stack(sums).sum() / (labels != ignore_index).sum()
+    states, wanted = hidden.flatten(0, -2), labels.flatten()
+    total = torch.zeros((), device=hidden.device)
+    for start in range(0, len(wanted), rows):
+        total = total + _recomputed(part, states[start : start + rows], wanted[start : start + rows])
+    return total / (labels != ignore_index).sum()
+
+
+def _recomputed(part: _Part, some: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    return checkpoint(part, some, theirs, use_reentrant=False)  # pyright: ignore
