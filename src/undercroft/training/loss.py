@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from undercroft.errors import InvalidInput
 
