@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 import tqdm
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # as many processes as cores: threads of each would only wait for others
+if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many processes as cores: more threads would only wait
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 tqdm.tqdm.monitor_interval = 0  # its thread lives as long as the process, and is nobody's leak
 

@@ -78,6 +78,19 @@ print(full - before > 120 * MIB, resident() - before < 8 * MIB)
     assert run(program) == "True True"
 
 
+def test_a_request_that_finds_none_of_its_size_pushes_out_as_many_bytes_of_others() -> None:
+    program = """
+p.limit(1024 * MIB)
+blocks = [torch.empty(n * MIB, dtype=torch.uint8) for n in (49, 50, 51)]
+while blocks:
+    del blocks[0]
+assert p.use().waiting == 150 * MIB, p.use()
+fresh = torch.empty(52 * MIB, dtype=torch.uint8)
+print(p.use().waiting // MIB)
+"""
+    assert run(program) == "51"
+
+
 def test_onednn_may_free_what_either_allocator_gave() -> None:
     program = """
 for rows in (8, 4096):

@@ -61,13 +61,12 @@ class Request:
         self.forget()
         try:
             raise outcome
-        finally:
-            del (
-                outcome
-            )  # an error that its own frame names is garbage only for the collector, with all it holds
+        finally:  # an error that its own frame names would wait for the garbage collector, with all that it holds
+            del outcome
 
     def forget(self) -> None:
         """Want nothing more, and let go of what arrived: a traceback may keep this object alive."""
         self.pending.clear()
         self.flying.clear()
+        self.flying_nbytes = 0
         self.ready.clear()
