@@ -36,10 +36,11 @@ def children() -> list[int]:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_two_ways_give_rows_beside_plain(settings: FinetuneSettings, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 800)
     before = sorted(tmp_path.rglob("*"))
     steps: list[tuple[str, int]] = []
-    rows = compare(
-        replace(settings, budget="96KiB", min_bytes="1KiB"),
+    rows = compare(  # large enough that the system's count of resident pages, kept in lumps, sees it
+        replace(settings, budget="6MiB", min_bytes="1KiB", batch_size=64),
         ways=("keep", "spill"),
         watch=lambda name: lambda step, steps_, loss: steps.append((name, step)),
     )
