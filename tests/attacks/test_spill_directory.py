@@ -35,7 +35,7 @@ def directory(tmp_path: Path) -> Path:
 def spilled(directory: Path) -> Iterator[Path]:
     """A directory into which the secret was spilled, still in use."""
     slab, queue = Slab(MIB, page=4096), TransferQueue()
-    scratch = Scratch([directory], slab=slab)
+    scratch = Scratch([directory], buffers=slab)
     memory = ctypes.create_string_buffer(SECRET, len(SECRET))
     _, transfer = scratch.spill(ctypes.addressof(memory), len(SECRET), keep=memory)
     assert queue.submit(transfer, Priority.WRITE).wait(30)
@@ -201,7 +201,7 @@ def test_a_killed_process_leaves_no_bytes(directory: Path) -> None:
         secret = sys.stdin.buffer.read()
         memory = ctypes.create_string_buffer(secret, len(secret))
         slab, queue = Slab(1 << 20), TransferQueue()
-        scratch = Scratch([sys.argv[1]], slab=slab)
+        scratch = Scratch([sys.argv[1]], buffers=slab)
         _, transfer = scratch.spill(ctypes.addressof(memory), len(secret), keep=memory)
         queue.submit(transfer, Priority.WRITE).wait()
         os.kill(os.getpid(), 9)

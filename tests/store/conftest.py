@@ -105,7 +105,7 @@ class Store:
         self.slab = Slab(slab, page=BLOCK)
         self.queue = TransferQueue()
         try:
-            self.scratch = Scratch(directories, slab=self.slab, **options)
+            self.scratch = Scratch(directories, buffers=self.slab, **options)
         except BaseException:
             self.queue.close()
             raise

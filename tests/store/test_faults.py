@@ -240,7 +240,7 @@ def test_the_limit_on_file_sizes_ends_writing_and_loses_nothing(directory: Path)
         slab, queue = Slab(1 << 24), TransferQueue()
         contents = [os.urandom(1 << 18) for _ in range(4)]
         for when in ("reserving", "writing"):
-            scratch = Scratch([sys.argv[1]], slab=slab)
+            scratch = Scratch([sys.argv[1]], buffers=slab)
             if when == "writing":
                 scratch.drop(spill(contents[0]))
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, resource.RLIM_INFINITY))
@@ -277,7 +277,7 @@ def test_no_memory_needs_to_be_locked(directory: Path) -> None:
         if os.geteuid() == 0:
             os.setuid(65534)
         slab, queue = Slab(1 << 24), TransferQueue()
-        scratch = Scratch([sys.argv[1]], slab=slab)
+        scratch = Scratch([sys.argv[1]], buffers=slab)
         content = os.urandom(1 << 20)
         assert fetch(spill(content)) == content
         print(scratch.direct)
@@ -294,7 +294,7 @@ import random
 def spill_forever():
     global scratch, queue
     queue = TransferQueue()
-    scratch = Scratch([sys.argv[1]], slab=Slab(1 << 20), chunk=1 << 18)
+    scratch = Scratch([sys.argv[1]], buffers=Slab(1 << 20), chunk=1 << 18)
     extents = []
     while True:
         extents.append(spill(os.urandom(1 << 20)))
@@ -353,7 +353,7 @@ def test_two_processes_share_a_directory(directory: Path, memory, store) -> None
     extent = one.spill(content)
     script = """
         slab, queue = Slab(1 << 24), TransferQueue()
-        scratch = Scratch([sys.argv[1]], slab=slab)
+        scratch = Scratch([sys.argv[1]], buffers=slab)
         content = os.urandom(1 << 20)
         assert fetch(spill(content)) == content
         print(len(os.listdir(sys.argv[1])), flush=True)

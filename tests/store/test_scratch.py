@@ -395,7 +395,7 @@ def test_a_full_disk_does_not_keep_the_bytes_it_had_no_room_for(memory, store, t
 
 def test_without_a_directory_there_is_no_scratch(directory: Path) -> None:
     with pytest.raises(InvalidInput, match="at least one directory"):
-        Scratch([], slab=Slab(BLOCK, page=BLOCK))
+        Scratch([], buffers=Slab(BLOCK, page=BLOCK))
 
 
 def test_a_scratch_that_cannot_be_made_leaves_nothing(store, tmp_path: Path) -> None:
@@ -427,7 +427,7 @@ def test_an_interpreter_that_forgot_to_close_exits_and_leaves_no_bytes(directory
         from undercroft.store.transfer import Priority, TransferQueue
         from undercroft.testing import SlowDisk
         slab, queue = Slab(1 << 20), TransferQueue()
-        scratch = Scratch([sys.argv[1]], slab=slab, syscalls=SlowDisk(1e5))
+        scratch = Scratch([sys.argv[1]], buffers=slab, syscalls=SlowDisk(1e5))
         memory = ctypes.create_string_buffer(1 << 20)
         for _ in range(50):  # nearly ten minutes' worth
             extent, transfer = scratch.spill(ctypes.addressof(memory), 1 << 20, keep=memory)

@@ -73,7 +73,7 @@ class ScratchMachine(RuleBasedStateMachine):
         self.budget = Budget(host=LIMIT)
         self.slab = Slab(MIB, budget=self.budget, page=BLOCK)
         self.scratch = Scratch(
-            directories, slab=self.slab, capacity=2 * MIB, checksums=checksums, chunk=16 * KIB
+            directories, buffers=self.slab, capacity=2 * MIB, checksums=checksums, chunk=16 * KIB
         )
         self.queue = TransferQueue(workers=workers, max_queued=64)
         self.live: list[Spilled] = []

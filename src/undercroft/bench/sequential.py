@@ -61,7 +61,7 @@ class _Stored:
 
     def __init__(self, rig: Rig, count: int, *, checksums: bool) -> None:
         self._rig, self._count = rig, count
-        self._scratch = Scratch([rig.place / "spill"], slab=rig.slab, checksums=checksums)
+        self._scratch = Scratch([rig.place / "spill"], buffers=rig.slab, checksums=checksums)
         self._extents: list[Extent] = []
         self.write()
 

@@ -23,6 +23,9 @@ import torch
 
 from undercroft import machine
 
+SMALLEST = 1024**2
+"""Bytes of the smallest tensor that comes from the pool, at the start of a page."""
+
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC")
 _COMPILE_SECONDS = 120

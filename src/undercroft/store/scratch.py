@@ -1,4 +1,4 @@
-"""Write-once bytes of a training step: out to disk, back into the slab, gone.
+"""Write-once bytes of a training step: out to disk, back into memory, gone.
 
 It knows where bytes lie and how to cut a move into chunks; not which bytes deserve it, nor when they move:
 it makes transfers, and a `TransferQueue` carries them out. Invariants: an extent is written before it is
@@ -31,7 +31,7 @@ from undercroft.errors import InvalidInput, SpillMisuse, TierFull, TransferFaile
 from undercroft.store.directory import PrivateDirectory
 from undercroft.store.disk import DiskFile, Syscalls
 from undercroft.store.ranges import BLOCK, FreeRanges, round_up
-from undercroft.store.slab import Lease, Slab
+from undercroft.store.slab import Lease, Lender
 from undercroft.store.transfer import CHUNK, Chunk, Transfer, check_process
 from undercroft.units import MIB, format_size
 
@@ -74,7 +74,7 @@ class Scratch:
 
     Args:
         directories: where; two on two disks share each large write between them.
-        slab: where fetched bytes go.
+        buffers: where fetched bytes go.
         capacity: most bytes of disk to occupy; None for what the disks have.
         write_cap: most bytes ever written, to spare an SSD; None for no cap.
         checksums: verify every byte that comes back (xxh3, about 0.12 CPU-s per GB).
@@ -94,7 +94,7 @@ class Scratch:
         self,
         directories: Sequence[str | Path],
         *,
-        slab: Slab,
+        buffers: Lender,
         capacity: int | None = None,
         write_cap: int | None = None,
         checksums: bool = False,
@@ -105,7 +105,7 @@ class Scratch:
             raise InvalidInput("a scratch needs at least one directory")
         self.writable = True
         self.written = 0
-        self._slab, self._chunk = slab, round_up(chunk)
+        self._buffers, self._chunk = buffers, round_up(chunk)
         self._capacity, self._write_cap, self._checksums = capacity, write_cap, checksums
         self._lock = threading.Lock()
         self._process = os.getpid()
@@ -189,7 +189,7 @@ class Scratch:
         self,
         extent: Extent,
         *,
-        slab: Slab | None = None,
+        buffers: Lender | None = None,
         on_done: Callable[[Transfer], None] | None = None,
     ) -> tuple[Lease, Transfer] | None:
         """Lease room and make the transfer that reads an extent back; None where there is no room now.
@@ -198,14 +198,14 @@ class Scratch:
 
         Args:
             extent: what was spilled.
-            slab: where its bytes are to arrive; the scratch's own if None.
+            buffers: where its bytes are to arrive; the scratch's own if None.
             on_done: see `Transfer`.
 
         Raises:
             SpillMisuse: as `spill`.
         """
         self._check_usable()
-        lease = (slab or self._slab).lease(extent.window)
+        lease = (buffers or self._buffers).lease(extent.window)
         if lease is None:
             return None
         chunks = list(self._chunks(extent, lease.address))

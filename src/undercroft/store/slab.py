@@ -13,11 +13,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
+from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the standard library's mmap
 _MAP_NORESERVE = 0x4000
 
 
-class _Claim:
+class Claim:
     """A use of some bytes, which ends when this object dies: with the last lease or storage that refers to it.
 
     NumPy takes it for an array's memory, and so keeps it as long as the array; that is done only for those
@@ -61,7 +62,7 @@ class Lease:
 
     __slots__ = ("_claim", "address", "nbytes")
 
-    def __init__(self, claim: _Claim) -> None:
+    def __init__(self, claim: Claim) -> None:
         self._claim = claim
         self.address, self.nbytes = claim.address, claim.nbytes
 
@@ -77,7 +78,28 @@ class Lease:
             on_unpin: called when that lease and every storage made of it are gone, in the middle of any other
                 call of any thread: it may take no lock.
         """
-        return Lease(_Claim(self.address, self.nbytes, self._claim, on_unpin))
+        return Lease(Claim(self.address, self.nbytes, self._claim, on_unpin))
+
+
+class Lender(Protocol):
+    """What hands out page-aligned memory under a budget: a slab, or blocks of the tensor pool."""
+
+    @property
+    def leased(self) -> int:
+        """Bytes in live leases."""
+        ...
+
+    def lease(self, nbytes: int) -> Lease | None:
+        """Room for `nbytes`, or None where there is none now."""
+        ...
+
+    def trim(self) -> int:
+        """Give idle pages back to the system; returns their bytes."""
+        ...
+
+    def close(self) -> None:
+        """Return the memory; leases still alive keep theirs."""
+        ...
 
 
 class Slab:
@@ -166,9 +188,7 @@ class Slab:
             return 0
         with self._lock:
             self._collect()
-            idle = [
-                page for first, end in self._free_pages() for page in range(first, end) if page in self._pages
-            ]
+            idle = self._idle_pages()
             for page in idle:
                 self._map.madvise(mmap.MADV_DONTNEED, self._base + page * self._page, self._page)
                 self._pages.pop(page).release()
@@ -201,7 +221,7 @@ class Slab:
 
     def _hand_out(self, offset: int, length: int) -> Lease:
         on_end = partial(self._returned.put, (offset, length))
-        return Lease(_Claim(self._address + offset, length, self._bytes, on_end))
+        return Lease(Claim(self._address + offset, length, self._bytes, on_end))
 
     def _collect(self) -> None:
         """Take back what died. Finalizers may run inside any call of ours, so they only fill a re-entrant queue."""
@@ -224,9 +244,18 @@ class Slab:
         self._pages.update(taken)
         return True
 
-    def _free_pages(self) -> list[tuple[int, int]]:
+    def _idle_pages(self) -> list[int]:
+        """Committed pages that no lease touches."""
+        if not self._pages:
+            return []
         ranges = self._ranges.free_ranges()
-        return [(-(-start // self._page), (start + length) // self._page) for start, length in ranges]
+        starts = [start for start, _ in ranges]
+
+        def is_free(page: int) -> bool:
+            start, length = ranges[bisect_right(starts, page * self._page) - 1]
+            return start <= page * self._page and (page + 1) * self._page <= start + length
+
+        return [page for page in self._pages if is_free(page)] if ranges else []
 
     def _prefault(self) -> None:
         with self._lock:

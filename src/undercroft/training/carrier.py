@@ -1,7 +1,7 @@
 """How the bytes of a storage get between their device and memory that a disk can reach.
 
 It knows devices, streams and pinned memory; not entries, budgets or when. Host memory needs no carrying: the disk
-writes it where it lies and reads into slab memory that becomes the storage. CUDA memory is copied on a stream of its
+writes it where it lies and reads into leased memory that becomes the storage. CUDA memory is copied on a stream of its
 own through a ring of pinned memory. Invariant: memory that a copy still reads or writes is kept alive and not reused.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from undercroft.errors import UndercroftError
 from undercroft.store.budget import Tier
-from undercroft.store.slab import Lease, Slab
+from undercroft.store.slab import Lease, Lender, Slab
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class Carrier(Protocol):
     """What carries the bytes of one kind of device."""
 
     tier: Tier
-    slab: Slab
+    buffers: Lender
 
     def mark(self) -> Any:
         """A mark in the device's order of work: what was submitted so far fills the tensor being saved."""
@@ -65,8 +65,8 @@ class HostCarrier:
 
     tier: Tier = "host"
 
-    def __init__(self, slab: Slab) -> None:
-        self.slab = slab
+    def __init__(self, buffers: Lender) -> None:
+        self.buffers = buffers
 
     def mark(self) -> None:
         """Host memory is filled when it is saved."""
@@ -76,7 +76,7 @@ class HostCarrier:
         return Parcel(address=storage.data_ptr(), keep=storage, before=_size_check(storage))
 
     def receive(self, lease: Lease, head: int, nbytes: int) -> torch.UntypedStorage:
-        """The lease itself: its bytes return to the slab when the last view of the storage dies."""
+        """The lease itself: its bytes return when the last view of the storage dies."""
         return lease.storage(head, nbytes)
 
     def hand_out(self, storage: torch.UntypedStorage) -> None:
@@ -94,7 +94,7 @@ class CudaCarrier:
     tier: Tier = "device"
 
     def __init__(self, device: torch.device, ring: Slab) -> None:
-        self.slab = ring
+        self.buffers: Lender = ring
         self._device = device
         ring.register_cuda()
         self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
@@ -107,7 +107,7 @@ class CudaCarrier:
 
     def send(self, storage: torch.UntypedStorage, mark: torch.cuda.Event) -> Parcel | None:
         """Begin the copy into the ring. The storage is kept until it is written, so the allocator cannot reuse it."""
-        lease = self.slab.lease(storage.nbytes())
+        lease = self.buffers.lease(storage.nbytes())
         if lease is None:
             return None
         with torch.cuda.stream(self._out):

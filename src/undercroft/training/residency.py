@@ -22,7 +22,7 @@ from undercroft.events import Recorder
 from undercroft.store.budget import Budget
 from undercroft.store.heap import Heap
 from undercroft.store.scratch import Extent, Scratch
-from undercroft.store.slab import Lease, Slab
+from undercroft.store.slab import Lease, Lender
 from undercroft.store.transfer import Cancelled, Priority, Transfer, TransferQueue
 from undercroft.training.carrier import Carrier
 from undercroft.training.entry import Entry
@@ -190,7 +190,7 @@ class Residency:
         """Bytes of read buffers that outlived their entries: a gradient may alias the saved tensor it was made of."""
         with self.lock:
             extents = [e.extent for e in self._entries if e.extent is not None and e.alive() is not None]
-            leased = sum(slab.leased for slab in self._slabs())
+            leased = sum(lender.leased for lender in self._lenders())
             return max(0, leased - sum(extent.window for extent in extents))
 
     def tell(self) -> None:
@@ -281,12 +281,14 @@ class Residency:
         assert entry.extent is not None, "a storage that is not on disk must be alive"
         if (
             entry.carrier.tier == "device"
-        ):  # on the host the read buffer is the storage, and the slab accounts for it
+        ):  # on the host the read buffer is the storage, and its lease is accounted for
             entry.reservation = self._budget.try_reserve("device", entry.nbytes, "activations")
             if entry.reservation is None:
                 return None
         transfer = self._fetch(entry, entry.extent)
-        if transfer is None and entry.carrier.slab.trim():  # room may be there, but scattered over idle pages
+        if (
+            transfer is None and entry.carrier.buffers.trim()
+        ):  # room may be there, but scattered over idle pages
             transfer = self._fetch(entry, entry.extent)
         if transfer is None:
             self._release(entry)
@@ -296,9 +298,10 @@ class Residency:
         return transfer
 
     def _fetch(self, entry: Entry, extent: Extent) -> Transfer | None:
-        slab = entry.carrier.slab
         fetched = self._scratch.fetch(
-            extent, slab=slab, on_done=lambda ended: self._read(entry, extent, lease, ended)
+            extent,
+            buffers=entry.carrier.buffers,
+            on_done=lambda ended: self._read(entry, extent, lease, ended),
         )
         if fetched is None:
             return None
@@ -341,7 +344,7 @@ class Residency:
             BudgetExceeded: nothing is left to do.
         """
         if (
-            any([slab.trim() for slab in self._slabs()])
+            any([lender.trim() for lender in self._lenders()])
             or self._drop_clean(wanted)
             or self._abandon_read(wanted)
         ):
@@ -355,8 +358,8 @@ class Residency:
             tier = wanted.carrier.tier
             raise BudgetExceeded(asked, self._budget.limit(tier) or 0, self._budget.holders(tier), tier=tier)
 
-    def _slabs(self) -> set[Slab]:
-        return {carrier.slab for carrier in self._carriers.values()}
+    def _lenders(self) -> set[Lender]:
+        return {carrier.buffers for carrier in self._carriers.values()}
 
     def _drop_clean(self, wanted: Entry) -> bool:
         with self.lock:

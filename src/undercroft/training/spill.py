@@ -28,11 +28,13 @@ import torch
 from undercroft import machine
 from undercroft.errors import BudgetExceeded, InvalidInput, SpillMisuse, TierFull, UnsupportedModel
 from undercroft.events import Recorder
+from undercroft.store import pool
+from undercroft.store.blocks import Blocks
 from undercroft.store.budget import Budget, Tier
 from undercroft.store.heap import Heap
 from undercroft.store.ranges import BLOCK
 from undercroft.store.scratch import Scratch
-from undercroft.store.slab import HUGE_PAGE, Slab
+from undercroft.store.slab import HUGE_PAGE, Lender, Slab
 from undercroft.store.transfer import TransferQueue
 from undercroft.training.carrier import Carrier, CudaCarrier, HostCarrier
 from undercroft.training.entry import Entry
@@ -121,13 +123,12 @@ class ActivationSpill:
         self._pid = os.getpid()
         self._recorder = recorder or Recorder(enabled=False)
         self._books = Budget(host=self.budget, device=self.budget)
-        page = _page(self.budget)
-        slab = Slab(4 * self.budget + 64 * page, budget=self._books, holder="read buffers", page=page)
-        self._carriers: dict[torch.device, Carrier] = {torch.device("cpu"): HostCarrier(slab)}
         self._heap = Heap(patience=max(self.budget, 64 * MIB))
+        buffers = _read_buffers(self._books, self.budget)
+        self._carriers: dict[torch.device, Carrier] = {torch.device("cpu"): HostCarrier(buffers)}
         self._scratch = Scratch(
             _directories(directory),
-            slab=slab,
+            buffers=buffers,
             capacity=None if capacity is None else parse_size(capacity),
             write_cap=None if write_cap is None else parse_size(write_cap),
             checksums=checksums,
@@ -363,7 +364,7 @@ class ActivationSpill:
                 self._retire(entry)
             if self._live_tokens == 0:
                 for carrier in self._carriers.values():
-                    carrier.slab.trim()
+                    carrier.buffers.trim()
 
     def _end_use(self, entry: Entry, unpacked: int) -> None:
         if unpacked >= 0 and entry.step == self._step:
@@ -509,9 +510,17 @@ class ActivationSpill:
             raise SpillMisuse("this spill is closed; make a new one")
 
 
+def _read_buffers(books: Budget, budget: int) -> Lender:
+    """Where the host's bytes come back to: blocks of the tensor pool, or a slab where there is none."""
+    capacity, holder = 4 * budget + 64 * HUGE_PAGE, "read buffers"
+    if pool.install() is not None:
+        return Blocks(books, capacity, holder)
+    return Slab(capacity, budget=books, holder=holder, page=_page(budget))
+
+
 def _page(budget: int) -> int:
     """Bytes of read buffer committed at once: huge pages, unless they would be coarse beside the budget."""
-    return HUGE_PAGE if budget >= 32 * HUGE_PAGE else BLOCK
+    return HUGE_PAGE if budget >= 32 * HUGE_PAGE and pool.install() is None else BLOCK
 
 
 def _refuse_node() -> None:
@@ -541,4 +550,4 @@ def _close(queue: TransferQueue, scratch: Scratch, carriers: dict[torch.device, 
         queue.close(timeout=5.0)
         scratch.close()
         for carrier in carriers.values():
-            carrier.slab.close()
+            carrier.buffers.close()
