@@ -251,8 +251,9 @@ class RecordCache:
         return self._loader.prepare(begun, is_busy=is_busy)
 
     def _make_way(self, request: Request) -> None:
-        for hint in self._shelf.superfluous(self._first_pending(request).occupied):
-            self._loader.cancel(hint)
+        if self._shelf.hints:
+            for hint in self._shelf.superfluous(self._first_pending(request).occupied):
+                self._loader.cancel(hint)
 
     def _next(self, request: Request) -> tuple[Key, Lease] | None:
         """What arrived first of what was not handed over yet; None once everything was."""
@@ -268,7 +269,8 @@ class RecordCache:
                     if request.ready:
                         return request.hand_over()
                     patience -= self._wait(request, patience)
-            self._loader.submit(transfers, request.priority)
+            if transfers:
+                self._loader.submit(transfers, request.priority)
 
     def _wait(self, request: Request, patience: float) -> float:
         """Wait until something changes; the seconds of patience that it took."""

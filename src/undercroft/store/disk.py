@@ -116,8 +116,9 @@ class DiskFile:
             CorruptRecord: the file ends before `need` bytes.
             TransferFailed: the system refused, twice where the device reported an error.
         """
-        total = sum(nbytes for _, nbytes in iovecs)
-        self._move(self._syscalls.preadv, "read", offset, iovecs, total if need is None else need)
+        if need is None:
+            need = sum(nbytes for _, nbytes in iovecs)
+        self._move(self._syscalls.preadv, "read", offset, iovecs, need)
 
     def write(self, offset: int, iovecs: Sequence[Iovec]) -> None:
         """Write the memory of `iovecs` at `offset`.

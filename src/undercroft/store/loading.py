@@ -78,13 +78,16 @@ def gather(entries: Sequence[Entry], small: int) -> list[list[Entry]]:
     """
     if len(entries) < 2:
         return [list(entries)] if entries else []
-    places = {entry.key: place for place, entry in enumerate(entries)}
+    in_file_order = sorted(entries, key=lambda entry: (id(entry.file), entry.record.offset))
     runs: list[list[Entry]] = []
-    for entry in sorted(entries, key=lambda entry: (id(entry.file), entry.record.offset)):
+    for entry in in_file_order:
         if runs and _joins(runs[-1], entry, small):
             runs[-1].append(entry)
         else:
             runs.append([entry])
+    if in_file_order == list(entries):
+        return runs
+    places = {entry.key: place for place, entry in enumerate(entries)}
     return sorted(runs, key=lambda run: min(places[entry.key] for entry in run))
 
 
@@ -99,7 +102,7 @@ def _joins(run: list[Entry], entry: Entry, small: int) -> bool:
 
 
 def _settle(entry: Entry, error: BaseException | None) -> Exception | None:
-    if isinstance(error, Cancelled | SpillMisuse):
+    if error is not None and isinstance(error, Cancelled | SpillMisuse):
         return error
     try:
         entry.file.settle(entry.record, entry.address, moved=error is None)

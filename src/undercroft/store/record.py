@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,9 @@ class Record:
         shape: elements along each axis.
         checksum: xxh3_64 of the content.
         metadata: anything its writer wanted to say.
+        key: what it is asked for by.
+        occupied: bytes it takes on disk and in memory: `nbytes` rounded up to a multiple of 4096.
+        end: where the next record may begin.
     """
 
     name: str
@@ -57,21 +60,15 @@ class Record:
     shape: tuple[int, ...]
     checksum: int
     metadata: Mapping[str, Any]
+    key: Key = field(init=False, repr=False, compare=False)
+    occupied: int = field(init=False, repr=False, compare=False)
+    end: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def key(self) -> Key:
-        """What it is asked for by."""
-        return Key(self.name, self.kind)
-
-    @property
-    def occupied(self) -> int:
-        """Bytes it takes on disk and in memory: `nbytes` rounded up to a multiple of 4096."""
-        return round_up(self.nbytes)
-
-    @property
-    def end(self) -> int:
-        """Where the next record may begin."""
-        return self.offset + self.occupied
+    def __post_init__(self) -> None:
+        occupied = round_up(self.nbytes)
+        object.__setattr__(self, "key", Key(self.name, self.kind))
+        object.__setattr__(self, "occupied", occupied)
+        object.__setattr__(self, "end", self.offset + occupied)
 
     def can_be(self) -> bool:
         """Whether it has content, and as much of it as its dtype and shape say."""

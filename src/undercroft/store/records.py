@@ -83,10 +83,10 @@ class RecordFile(Mapping[tuple[str, str], Record]):
     def chunks(self, pieces: Sequence[tuple[Record, int]]) -> list[Chunk]:
         """The system calls that read records which follow one another in the file to an address each.
 
-        Several records must not exceed one chunk (4 MiB) together. The checksums are left to `settle`.
+        Several records must not exceed one chunk together. The checksums are left to `settle`.
         """
         first, address = pieces[0]
-        if len(pieces) > 1:
+        if len(pieces) > 1 or first.occupied <= CHUNK:
             return [
                 _chunk(self._file, first.offset, [(address, record.occupied) for record, address in pieces])
             ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,6 +36,7 @@ class Entry:
         nbytes: of the room.
         address: where the room starts.
         transfer: what brings the bytes; None once they are here.
+        pins: how many uses of the bytes are under way.
         loading: whether the bytes are still to come.
         foreseen: it was read on a hint, and nobody has asked for it yet.
         waiters: weak references to those who asked for it while it was on its way.
@@ -48,6 +48,7 @@ class Entry:
     key: Key
     nbytes: int
     address: int
+    pins: int = 0
     transfer: Transfer | None = None
     loading: bool = True
     foreseen: bool = False
@@ -84,8 +85,7 @@ class Shelf:
         self.hints: dict[Entry, None] = {}
         self.entries: dict[Key, Entry] = {}
         self._slab, self._policy, self._on_evict = slab, policy, on_evict
-        self._pins: Counter[Key] = Counter()
-        self._unpinned: SimpleQueue[Key] = SimpleQueue()
+        self._unpinned: SimpleQueue[Entry] = SimpleQueue()
 
     @property
     def room(self) -> int:
@@ -95,7 +95,7 @@ class Shelf:
     @property
     def pinned(self) -> int:
         """Bytes of entries in use."""
-        return sum(entry.nbytes for key, entry in self.entries.items() if key in self._pins)
+        return sum(entry.nbytes for entry in self.entries.values() if entry.pins)
 
     @property
     def resting(self) -> list[Entry]:
@@ -111,8 +111,7 @@ class Shelf:
             spare: which of the entries that could leave may do so for this record.
         """
         nbytes = record.occupied
-        lease = self._room(nbytes, spare)
-        if lease is None:
+        if nbytes > self.room or (lease := self._room(nbytes, spare)) is None:
             return None
         key = record.key
         entry = Entry(record, file, lease, key, nbytes, lease.address)
@@ -131,7 +130,7 @@ class Shelf:
 
     def remove(self, entry: Entry) -> None:
         """Give the entry's room back; what is in use of it stays where it is until the last use ends."""
-        self.idle -= entry.nbytes if not entry.loading and entry.key not in self._pins else 0
+        self.idle -= entry.nbytes if not entry.loading and not entry.pins else 0
         self.held -= entry.nbytes
         self._forget_read(entry)
         del self.entries[entry.key]
@@ -141,26 +140,21 @@ class Shelf:
     def pin(self, entry: Entry) -> Lease:
         """A lease of the entry's bytes; while it or a view of it lives, the entry stays."""
         assert entry.lease is not None
-        key = entry.key
-        if not self._pins[key]:
+        if not entry.pins:
             self.idle -= entry.nbytes
-        self._pins[key] += 1
-        return entry.lease.pin(partial(self._unpinned.put, key))
+        entry.pins += 1
+        return entry.lease.pin(partial(self._unpinned.put, entry))
 
     def collect(self) -> None:
         """Take note of the pins that died."""
         while not self._unpinned.empty():
-            key = self._unpinned.get()
-            self._pins[key] -= 1
-            if not self._pins[key]:
-                del self._pins[key]
-                if (entry := self.entries.get(key)) is not None:
-                    self.idle += entry.nbytes
+            entry = self._unpinned.get()
+            entry.pins -= 1
+            if not entry.pins and entry.lease is not None:
+                self.idle += entry.nbytes
 
     def superfluous(self, nbytes: int) -> list[Entry]:
         """Reads under way that nobody asked for, the latest first, as many as make room of `nbytes`."""
-        if not self.hints:
-            return []
         wanted = {id(entry.transfer) for entry in self.loading if entry not in self.hints}
         found: list[Entry] = []
         for entry in reversed(self.hints):
@@ -191,8 +185,12 @@ class Shelf:
         leaving = self._leaving(self.held + nbytes - self.budget, spare)
         if leaving is None:
             return None
+        lease = next((entry.lease for entry in leaving if entry.nbytes == nbytes), None)
         for entry in leaving:
             self._evict(entry)
+        return lease or self._lease(nbytes, spare)
+
+    def _lease(self, nbytes: int, spare: Spare) -> Lease | None:
         while (lease := self._slab.lease(nbytes)) is None:  # room, but not in one piece
             victim = next(self._victims(spare), None)
             if victim is None:
@@ -203,8 +201,6 @@ class Shelf:
     def _leaving(self, short: int, spare: Spare) -> list[Entry] | None:
         """The entries to evict for `short` bytes, or None where all that may leave are not enough."""
         leaving: list[Entry] = []
-        if short > self.idle:
-            return None
         victims = self._victims(spare)
         while short > 0:
             victim = next(victims, None)
@@ -217,7 +213,7 @@ class Shelf:
     def _victims(self, spare: Spare) -> Iterator[Entry]:
         for key in self._policy.victims():
             entry = self.entries[key]
-            if not entry.loading and key not in self._pins and spare(entry):
+            if not entry.loading and not entry.pins and spare(entry):
                 yield entry
 
     def _evict(self, entry: Entry) -> None:

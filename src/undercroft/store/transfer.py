@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from queue import SimpleQueue
 from types import TracebackType
@@ -55,7 +55,7 @@ class Cancelled(UndercroftError):
     """`wait` on a transfer that was cancelled."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Chunk:
     """One system call's worth of a transfer.
 
@@ -65,6 +65,7 @@ class Chunk:
         iovecs: the memory, in file order.
         need: bytes that must move; fewer than the memory where a read passes the end of the file.
         payload: (address, nbytes) of the part that a checksum covers; the rest is alignment.
+        nbytes: bytes of memory it covers.
     """
 
     file: DiskFile
@@ -72,11 +73,10 @@ class Chunk:
     iovecs: tuple[Iovec, ...]
     need: int
     payload: Iovec
+    nbytes: int = field(init=False)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory it covers."""
-        return sum(nbytes for _, nbytes in self.iovecs)
+    def __post_init__(self) -> None:
+        self.nbytes = sum(nbytes for _, nbytes in self.iovecs)
 
 
 class Transfer:
@@ -236,7 +236,7 @@ class TransferQueue:
         self._process = os.getpid()
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
-        self._room = threading.Condition(self._lock)
+        self._room = _Bell(self._lock)
         self._classes: dict[Priority, deque[Transfer]] = {priority: deque() for priority in Priority}
         self._cancelled: SimpleQueue[Transfer] = SimpleQueue()
         self._ended: deque[Transfer] = deque()
@@ -387,9 +387,9 @@ class TransferQueue:
             transfer._run(index, chunk)
         except BaseException as raised:  # whatever it is, it surfaces at wait()
             error = transfer._surfacing(raised)
-        seconds = time.perf_counter() - start
-        lane = f"disk {transfer.direction}"
-        self._recorder.record(transfer.direction, lane, start=start, seconds=seconds, nbytes=chunk.nbytes)
+        if self._recorder.enabled:
+            seconds, lane = time.perf_counter() - start, f"disk {transfer.direction}"
+            self._recorder.record(transfer.direction, lane, start=start, seconds=seconds, nbytes=chunk.nbytes)
         with self._lock:
             self._busy[transfer.direction].end(0 if error else chunk.nbytes)
             self._slow -= is_slow
@@ -416,6 +416,23 @@ class TransferQueue:
         with suppress(ValueError):  # all of it was under way, or it is not submitted yet
             self._classes[transfer.priority].remove(transfer)
             self._room.notify_all()
+
+
+class _Bell(threading.Condition):
+    """A condition that costs next to nothing to notify while nobody waits."""
+
+    _waiting = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._waiting += 1
+        try:
+            return super().wait(timeout)
+        finally:
+            self._waiting -= 1
+
+    def notify_all(self) -> None:
+        if self._waiting:
+            super().notify_all()
 
 
 class _BusyTime:
