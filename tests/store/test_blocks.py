@@ -46,6 +46,19 @@ assert torch.empty(3 * MIB, dtype=torch.uint8).data_ptr() == address
 """)
 
 
+def test_no_mode_of_pytorch_touches_it() -> None:
+    run("""
+tensor = torch.full((3 * MIB,), 7, dtype=torch.uint8)
+address = tensor.data_ptr()
+del tensor
+torch.use_deterministic_algorithms(True)  # fills what torch.empty makes
+with torch.device("meta"):
+    lease = blocks.lease(3 * MIB)
+assert lease.address == address
+assert bool((torch.empty(0, dtype=torch.uint8).set_(lease.storage(0, 3 * MIB)) == 7).all())
+""")
+
+
 def test_its_bytes_are_reserved_until_the_last_view_dies() -> None:
     run("""
 lease = blocks.lease(5 * MIB)

@@ -47,7 +47,7 @@ class Blocks:
         reservation = self._budget.try_reserve("host", length, self._holder)
         if reservation is None:
             return None
-        memory = torch.empty(length, dtype=torch.uint8)  # a bare storage would not ask the pool
+        memory = _block(length)
         return Lease(Claim(memory.data_ptr(), length, memory, reservation.release))
 
     def trim(self) -> int:
@@ -57,3 +57,13 @@ class Blocks:
     def close(self) -> None:
         """Take no more small leases. Those alive keep their memory, and it stays reserved, until they die."""
         self._small.close()
+
+
+def _block(nbytes: int) -> torch.UntypedStorage:
+    """Memory from PyTorch's allocator.
+
+    A new storage would bypass the pool; a tensor of this size would be filled in PyTorch's deterministic mode.
+    """
+    storage = torch.empty(0, dtype=torch.uint8, device="cpu").untyped_storage()
+    storage.resize_(nbytes)
+    return storage

@@ -142,6 +142,11 @@ class Scratch:
             return sum(ranges.size - ranges.free for ranges in self._ranges)
 
     @property
+    def files(self) -> tuple[DiskFile, ...]:
+        """The spill files, one per directory."""
+        return tuple(self._files)
+
+    @property
     def file_nbytes(self) -> int:
         """Bytes the files have grown to."""
         with self._lock:
