@@ -1,7 +1,7 @@
 """Read buffers out of the tensor pool: what is read back takes the blocks that activations left, and leaves them again.
 
 It knows leases and budgets, not what the bytes mean. A slab of its own would keep other pages than the tensors that
-come and go beside it, and each would clear its pages anew in every step, for a tenth of a step's CPU (`lab/LOG.md`).
+come and go beside it, and each would clear its pages anew in every step (`lab/LOG.md`).
 Invariant: the bytes of a lease are reserved in the budget until its last view dies.
 """
 

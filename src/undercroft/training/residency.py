@@ -279,16 +279,14 @@ class Residency:
 
     def _begin_read(self, entry: Entry) -> Transfer | None:
         assert entry.extent is not None, "a storage that is not on disk must be alive"
-        if (
-            entry.carrier.tier == "device"
-        ):  # on the host the read buffer is the storage, and its lease is accounted for
+        # On the host the read buffer is the storage, and its lease is accounted for.
+        if entry.carrier.tier == "device":
             entry.reservation = self._budget.try_reserve("device", entry.nbytes, "activations")
             if entry.reservation is None:
                 return None
         transfer = self._fetch(entry, entry.extent)
-        if (
-            transfer is None and entry.carrier.buffers.trim()
-        ):  # room may be there, but scattered over idle pages
+        # Room may be there, but scattered over idle pages.
+        if transfer is None and entry.carrier.buffers.trim():
             transfer = self._fetch(entry, entry.extent)
         if transfer is None:
             self._release(entry)
