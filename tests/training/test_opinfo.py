@@ -57,7 +57,9 @@ def _same(one: Tensor | None, two: Tensor | None) -> bool:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
+    # `contiguous` would keep the odd stride of a lone element.
+    packed = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return packed.flatten().view(torch.uint8)
 
 
 def gradients_of(op: Any, sample: Any, ballast: Tensor, *, of_copies: bool) -> Gradients:
