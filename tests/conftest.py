@@ -28,12 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--network"):
         os.environ["HF_HUB_OFFLINE"] = "1"
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # so does a shell start what runs in the background,
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # and the programs under test would inherit it
+    # A shell starts what runs in the background with SIGINT ignored, and programs under test would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

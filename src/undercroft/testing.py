@@ -80,6 +80,9 @@ class _WrappedDisk(Syscalls):
     def drop_cache(self, fd: int, offset: int, nbytes: int) -> None:
         self._inner.drop_cache(fd, offset, nbytes)
 
+    def close(self, fd: int) -> None:
+        self._inner.close(fd)
+
 
 class SlowDisk(_WrappedDisk):
     """A disk that moves bytes one transfer after another, at a given rate.

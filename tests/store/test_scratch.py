@@ -137,6 +137,24 @@ def test_trimming_gives_the_free_end_back_to_the_disk(memory, store, directory: 
     assert one.fetch(one.spill(content)) == content.content
 
 
+def test_room_that_nothing_reached_for_a_while_goes_back(memory, store) -> None:
+    one = store(slab=256 * MIB)
+    small, large = memory(os.urandom(MIB)), memory(bytes(160 * MIB))
+    one.scratch.drop(one.spill(large))
+    assert one.scratch.trim_unreached() == 0, "all of it was needed a moment ago"
+    kept = one.spill(small)
+    assert one.scratch.trim_unreached() > 64 * MIB
+    assert one.scratch.file_nbytes == MIB
+    assert one.fetch(kept) == small.content
+    again = one.spill(large)
+    assert one.fetch(again) == large.content
+    one.scratch.drop(again)
+    one.scratch.trim_unreached()
+    for _ in range(2):  # half the room is no reason to give the other half back
+        one.scratch.drop(one.spill(memory(bytes(100 * MIB))))
+        assert one.scratch.trim_unreached() == 0
+
+
 def test_a_small_trim_leaves_what_lies_below_intact(memory, store) -> None:
     one = store()
     contents = [memory(os.urandom(5000 * n), n) for n in range(1, 6)]

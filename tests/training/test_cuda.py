@@ -31,11 +31,14 @@ def gradients(net: torch.nn.Module, spill: ActivationSpill | None, delay: int = 
     return found
 
 
+@pytest.mark.parametrize("gds", [False, True], ids=["ring", "gds"])
 @pytest.mark.parametrize("delay", [0, 200_000_000])
-def test_gradients_are_bit_identical(tmp_path: Path, delay: int) -> None:
+def test_gradients_are_bit_identical(tmp_path: Path, delay: int, gds: bool) -> None:
+    if gds:
+        pytest.importorskip("kvikio")
     net = model()
     plain = gradients(net, None)
-    spill = ActivationSpill(net, budget="16MiB", directory=tmp_path / "spill", min_bytes="64KiB")
+    spill = ActivationSpill(net, budget="16MiB", directory=tmp_path / "spill", min_bytes="64KiB", gds=gds)
     for _ in range(4):
         assert all(map(torch.equal, plain, gradients(net, spill, delay)))
     assert spill.report.spilled_nbytes > 0

@@ -7,8 +7,10 @@ what it saves must be read back; and on leaves, whose gradients must not share b
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +34,8 @@ CASES = [
 ]
 # It saves what it fills only afterwards, and so cannot be spilled: see test_identity_modules.
 FILLS_WHAT_IT_SAVED = {"nn_functional_rrelu"}
-_BALLAST = 64 * 1024
+# The backward of one of their samples needs more in memory at once than the budget of the others.
+NEED_ROOM = {"nn_functional_conv_transpose3d", "grid_sampler_3d"}
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,8 @@ def gradients_of(op: Any, sample: Any, ballast: Tensor, *, of_copies: bool) -> G
     for leaf in leaves:
         leaf.grad = None
     loss = _loss(op, sample, values, of_copies=of_copies)
-    _pushed_out = [
-        ballast.exp() for _ in range(6)
-    ]  # what was saved before is wanted last, and so written first
+    # What was saved before is wanted last, and so written first.
+    _pushed_out = [ballast.exp() for _ in range(6)]
     loss.backward()
     taken = {leaf.untyped_storage().data_ptr() for leaf in leaves if leaf.layout is torch.strided}
     gradients = [leaf.grad for leaf in leaves]
@@ -109,13 +111,14 @@ def _scalar(value: Tensor) -> Tensor:
 
 
 class Spilling:
-    """One spill for all operators, always in its first step, so that it plans nothing."""
+    """One spill for many operators, always in its first step, so that it plans nothing. It has a thread of its own."""
 
-    def __init__(self, spill: ActivationSpill) -> None:
-        self.spill = spill
-        self._plain = ThreadPoolExecutor(1)  # hooks are a thread's own
-        self._ballast = torch.ones(_BALLAST // 4, requires_grad=True)
-        self._keeps_the_step_open = self._ballast.exp()
+    def __init__(self, budget: str, directory: Path) -> None:
+        self.spill = ActivationSpill(budget=budget, directory=directory, min_bytes=1)
+        self._plain, self._spilling = ThreadPoolExecutor(1), ThreadPoolExecutor(1)  # hooks are a thread's own
+        self._ballast = torch.ones(self.spill.budget // 4 * 2 // 9, requires_grad=True)
+        self._spilling.submit(self.spill.__enter__).result()
+        self._keeps_the_step_open = self._spilling.submit(self._ballast.exp).result()
 
     def plain(self, op: Any, sample: Any, *, of_copies: bool) -> Gradients | None:
         """Without spilling; None where the operator fails, or does not repeat itself."""
@@ -127,15 +130,25 @@ class Spilling:
         return one if one.same_as(two) else None
 
     def spilled(self, op: Any, sample: Any, *, of_copies: bool) -> Gradients:
-        return gradients_of(op, sample, self._ballast, of_copies=of_copies)
+        return self._spilling.submit(gradients_of, op, sample, self._ballast, of_copies=of_copies).result()
+
+    def close(self) -> None:
+        self._spilling.submit(self.spill.__exit__, None, None, None).result()
+        self.spill.close()
+        self._plain.shutdown()
+        self._spilling.shutdown()
 
 
 @pytest.fixture(scope="module")
 def spilling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spilling]:
-    spill = ActivationSpill(budget="288KiB", directory=tmp_path_factory.mktemp("spill"), min_bytes=1)
-    with spill:
-        yield Spilling(spill)
-    spill.close()
+    with closing(Spilling("288KiB", tmp_path_factory.mktemp("spill"))) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spilling]:
+    with closing(Spilling("24MiB", tmp_path_factory.mktemp("spill"))) as made:
+        yield made
 
 
 def check(op: Any, dtype: torch.dtype, spilling: Spilling, *, most: int | None) -> None:
@@ -169,6 +182,6 @@ def test_what_these_tests_save_is_really_read_back(spilling: Spilling) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("op", "dtype"), CASES)
 def test_gradients_of_an_operator_for_all_its_samples(
-    op: Any, dtype: torch.dtype, spilling: Spilling
+    op: Any, dtype: torch.dtype, spilling: Spilling, roomy: Spilling
 ) -> None:
-    check(op, dtype, spilling, most=None)
+    check(op, dtype, roomy if op.formatted_name in NEED_ROOM else spilling, most=None)

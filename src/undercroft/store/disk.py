@@ -59,6 +59,10 @@ class Syscalls:
         """Reserve disk blocks. Raises OSError, also where posix_fallocate would write into every block."""
         _check(self._fallocate(fd, 0, offset, nbytes))
 
+    def close(self, fd: int) -> None:
+        """Close the descriptor."""
+        os.close(fd)
+
     def drop_cache(self, fd: int, offset: int, nbytes: int) -> None:
         """Write dirty pages back and drop them from the page cache. Raises OSError: bytes were lost."""
         _check(self._sync_range(fd, offset, nbytes, 7))  # wait before, write, wait after
@@ -153,7 +157,7 @@ class DiskFile:
         """Close the descriptor; again is allowed."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            self._syscalls.close(fd)
 
     def _move(self, call: _Call, verb: str, offset: int, iovecs: Sequence[Iovec], need: int) -> None:
         done = stuck = failures = 0

@@ -65,12 +65,15 @@ class FreeRanges:
         if length:
             self.give(self.size - length, length)
 
-    def cut_tail(self) -> int:
-        """Remove the free range that touches the end, if any; returns the bytes removed."""
+    def cut_tail(self, keep: int = 0) -> int:
+        """Remove what is free at the end, but for the first `keep` bytes of the space; returns the bytes removed."""
         if not self._starts or self._starts[-1] + self._lengths[-1] != self.size:
             return 0
-        self.size = self._starts.pop()
-        return self._lengths.pop()
+        start = self._starts.pop()
+        self._lengths.pop()
+        before, self.size = self.size, start
+        self.grow(max(0, min(keep, before) - start))
+        return before - self.size
 
     def _cut(self, index: int, need: int) -> int:
         offset = self._starts[index]

@@ -122,6 +122,7 @@ class Scratch:
         except BaseException:
             self.close()
             raise
+        self._reached = [0] * len(self._files)
         self._next_file = itertools.cycle(range(len(self._files)))
 
     @property
@@ -225,15 +226,20 @@ class Scratch:
 
     def trim(self) -> int:
         """Cut the free end off the files; returns the bytes given back to the disks."""
-        self._check_usable()
-        with self._lock:
-            self._collect()
-            freed = 0
-            for file, ranges in zip(self._files, self._ranges, strict=True):
-                if cut := ranges.cut_tail():
-                    file.truncate(ranges.size)
-                    freed += cut
-        return freed
+        return self._trim(lambda file: 0)
+
+    def trim_unreached(self) -> int:
+        """Cut off what nothing reached since the last call, where that is most of a file; returns the bytes given back.
+
+        Room is taken at the lowest offset that fits, so what a shorter step does without is at the end.
+        """
+
+        def keep(file: int) -> int:
+            reached, self._reached[file] = self._reached[file], 0
+            size = self._ranges[file].size
+            return reached if size - reached > max(reached, _GROWTH) else size
+
+        return self._trim(keep)
 
     def close(self) -> None:
         """Close the files, which frees their room, and remove the subdirectories; again is allowed."""
@@ -242,6 +248,17 @@ class Scratch:
             file.close()
         for directory in self._directories:
             directory.close()
+
+    def _trim(self, keep: Callable[[int], int]) -> int:
+        self._check_usable()
+        with self._lock:
+            self._collect()
+            freed = 0
+            for index, (file, ranges) in enumerate(zip(self._files, self._ranges, strict=True)):
+                if cut := ranges.cut_tail(keep(index)):
+                    file.truncate(ranges.size)
+                    freed += cut
+        return freed
 
     def _check_usable(self) -> None:
         check_process(self._process)
@@ -309,6 +326,7 @@ class Scratch:
             self._grow(file, nbytes)
             offset = ranges.take(nbytes)
             assert offset is not None
+        self._reached[file] = max(self._reached[file], offset + nbytes)
         return offset
 
     def _grow(self, file: int, nbytes: int) -> None:

@@ -2,7 +2,8 @@
 
 It knows devices, streams and pinned memory; not entries, budgets or when. Host memory needs no carrying: the disk
 writes it where it lies and reads into leased memory that becomes the storage. CUDA memory is copied on a stream of its
-own through a ring of pinned memory. Invariant: memory that a copy still reads or writes is kept alive and not reused.
+own through a ring of pinned memory, or moved from where it lies by GPUDirect Storage. Invariant: memory that a copy
+still reads or writes is kept alive and not reused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any, Protocol
 import torch
 
 from undercroft.errors import UndercroftError
-from undercroft.store.budget import Tier
+from undercroft.store.budget import Budget, Tier
+from undercroft.store.gds import DeviceBlocks, DeviceBytes
 from undercroft.store.slab import Lease, Lender, Slab
 
 
@@ -101,9 +103,7 @@ class CudaCarrier:
 
     def mark(self) -> torch.cuda.Event:
         """An event on the stream that computes the tensor."""
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+        return _now(self._device)
 
     def send(self, storage: torch.UntypedStorage, mark: torch.cuda.Event) -> Parcel | None:
         """Begin the copy into the ring. The storage is kept until it is written, so the allocator cannot reuse it."""
@@ -113,8 +113,7 @@ class CudaCarrier:
         with torch.cuda.stream(self._out):
             self._out.wait_event(mark)
             _bytes(lease.storage(0, storage.nbytes())).copy_(_bytes(storage), non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record(self._out)
+            copied = _now(self._device)
         check_size = _size_check(storage)
 
         def before() -> None:
@@ -128,14 +127,64 @@ class CudaCarrier:
         with torch.cuda.stream(self._in):
             arrived = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
             arrived.copy_(_bytes(lease.storage(head, nbytes)), non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record(self._in)
-        copied.synchronize()
+            _now(self._device).synchronize()
         return arrived.untyped_storage()
 
     def hand_out(self, storage: torch.UntypedStorage) -> None:
         """Keep the allocator from reusing the memory while the present stream may read it."""
-        _bytes(storage).record_stream(torch.cuda.current_stream(self._device))
+        _use_now(storage, self._device)
+
+
+class GdsCarrier:
+    """For the memory of one GPU whose disk reads and writes it directly, through a `Scratch` over `GdsSyscalls`.
+
+    Args:
+        device: the GPU.
+        budget: where the blocks that a read arrives in are reserved, beside the storage that they are copied to.
+    """
+
+    tier: Tier = "device"
+
+    def __init__(self, device: torch.device, budget: Budget) -> None:
+        self._device = device
+        self._in = torch.cuda.Stream(device)
+        self.buffers: Lender = DeviceBlocks(budget, "read buffers", self._in)
+
+    def mark(self) -> torch.cuda.Event:
+        """An event on the stream that computes the tensor."""
+        return _now(self._device)
+
+    def send(self, storage: torch.UntypedStorage, mark: torch.cuda.Event) -> Parcel:
+        """Let the disk take the bytes where they lie, once they are computed."""
+        check_size = _size_check(storage)
+
+        def before() -> None:
+            mark.synchronize()
+            check_size()
+
+        return Parcel(address=storage.data_ptr(), keep=storage, before=before)
+
+    def receive(self, lease: Lease, head: int, nbytes: int) -> torch.UntypedStorage:
+        """Copy from the blocks to a storage of the exact size, and wait for it: this runs on an I/O thread."""
+        with torch.cuda.stream(self._in):
+            blocks = torch.as_tensor(DeviceBytes(lease.address + head, nbytes), device=self._device)
+            arrived = blocks.clone()
+            _now(self._device).synchronize()
+        return arrived.untyped_storage()
+
+    def hand_out(self, storage: torch.UntypedStorage) -> None:
+        """Keep the allocator from reusing the memory while the present stream may read it."""
+        _use_now(storage, self._device)
+
+
+def _now(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _use_now(storage: torch.UntypedStorage, device: torch.device) -> None:
+    _bytes(storage).record_stream(torch.cuda.current_stream(device))
 
 
 def _size_check(storage: torch.UntypedStorage) -> Callable[[], None]:

@@ -56,10 +56,10 @@ def chunked_cross_entropy(
             logits = logits.float()
         return functional.cross_entropy(logits, theirs, ignore_index=ignore_index, reduction="sum")
 
-    states, wanted = hidden.flatten(0, -2), labels.flatten()
     total = torch.zeros((), device=hidden.device)
-    for start in range(0, len(wanted), rows):
-        total = total + _recomputed(part, states[start : start + rows], wanted[start : start + rows])
+    pieces = torch.split(hidden.flatten(0, -2), rows), torch.split(labels.flatten(), rows)
+    for some, theirs in zip(*pieces, strict=True):
+        total = total + _recomputed(part, some, theirs)
     return total / (labels != ignore_index).sum()
 
 

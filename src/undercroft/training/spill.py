@@ -31,12 +31,13 @@ from undercroft.events import Recorder
 from undercroft.store import pool
 from undercroft.store.blocks import Blocks
 from undercroft.store.budget import Budget, Tier
+from undercroft.store.gds import GdsSyscalls
 from undercroft.store.heap import Heap
 from undercroft.store.ranges import BLOCK
 from undercroft.store.scratch import Scratch
 from undercroft.store.slab import HUGE_PAGE, Lender, Slab
 from undercroft.store.transfer import TransferQueue
-from undercroft.training.carrier import Carrier, CudaCarrier, HostCarrier
+from undercroft.training.carrier import Carrier, CudaCarrier, GdsCarrier, HostCarrier
 from undercroft.training.entry import Entry
 from undercroft.training.graph import own_gradients, packed_by_node, running_node
 from undercroft.training.identity import SavedView, StorageRef, check_version, storage_key, why_kept
@@ -50,6 +51,7 @@ from undercroft.units import MIB, format_size, parse_size
 
 _STALL_ALLOWED = 0.02
 _PREFETCH_LOOKAHEAD = 256
+_STEPS_TO_REACH = 16  # room on disk that none of so many steps needed goes back
 _LONGEST_STEP = 1_000_000
 _active = threading.local()
 
@@ -94,11 +96,12 @@ class ActivationSpill:
         capacity: the most bytes of disk to occupy.
         write_cap: the most bytes ever to write, to spare an SSD.
         checksums: verify what comes back (about 0.12 CPU-s per GB).
+        gds: move the activations of a GPU between it and the disk by GPUDirect Storage, past RAM: needs kvikio.
         workers: I/O threads; all but one may write at once.
         recorder: where transfers are recorded; none are kept by default.
 
     Raises:
-        InvalidInput: a size that cannot be meant.
+        InvalidInput: a size that cannot be meant, or GPUDirect Storage where it is not to be had.
         UnsafeDirectory: the directory cannot hold private bytes.
     """
 
@@ -112,6 +115,7 @@ class ActivationSpill:
         capacity: int | str | None = None,
         write_cap: int | str | None = None,
         checksums: bool = False,
+        gds: bool = False,
         workers: int = 3,
         recorder: Recorder | None = None,
     ) -> None:
@@ -132,7 +136,9 @@ class ActivationSpill:
             capacity=None if capacity is None else parse_size(capacity),
             write_cap=None if write_cap is None else parse_size(write_cap),
             checksums=checksums,
+            syscalls=_gds_syscalls(checksums=checksums) if gds else None,
         )
+        self._gds = gds
         self._queue = TransferQueue(workers=workers, recorder=self._recorder)
         self._residency = Residency(
             budget=self._books,
@@ -310,7 +316,9 @@ class ActivationSpill:
         return entry
 
     def _carrier(self, device: torch.device) -> Carrier:
-        if device not in self._carriers:
+        if device not in self._carriers and self._gds:
+            self._carriers[device] = GdsCarrier(device, self._books)
+        elif device not in self._carriers:
             ring = Slab(self.budget, budget=self._books, holder="pinned ring")
             self._carriers[device] = CudaCarrier(device, ring)
         return self._carriers[device]
@@ -396,6 +404,8 @@ class ActivationSpill:
         self._exclude_survivors()
         self._recording, self._numbered = Recording(), {}
         self._step += 1
+        if self._step % _STEPS_TO_REACH == 0:
+            self._scratch.trim_unreached()
         self._begun, self._stall_before = time.perf_counter(), self._residency.stall_seconds
 
     def _learn(self, recording: Recording, stalled: bool) -> None:
@@ -521,6 +531,16 @@ def _read_buffers(books: Budget, budget: int) -> Lender:
 def _page(budget: int) -> int:
     """Bytes of read buffer committed at once: huge pages, unless they would be coarse beside the budget."""
     return HUGE_PAGE if budget >= 32 * HUGE_PAGE and pool.install() is None else BLOCK
+
+
+def _gds_syscalls(*, checksums: bool) -> GdsSyscalls:
+    if checksums:
+        raise InvalidInput(
+            "checksums are computed in RAM, where GPUDirect Storage brings nothing: choose one"
+        )
+    if not torch.cuda.is_available():
+        raise InvalidInput("GPUDirect Storage needs a CUDA device, and PyTorch sees none here")
+    return GdsSyscalls(torch.device("cuda", torch.cuda.current_device()))
 
 
 def _refuse_node() -> None:
