@@ -26,7 +26,7 @@ from undercroft.events import Recorder
 from undercroft.store.loading import Arrival, Loader
 from undercroft.store.policy import EvictionPolicy, Lru
 from undercroft.store.record import Key, Record
-from undercroft.store.records import RecordFile, homes
+from undercroft.store.records import RecordSource, homes
 from undercroft.store.request import Request
 from undercroft.store.shelf import Entry, Shelf, Spare
 from undercroft.store.slab import Lease, Slab
@@ -56,7 +56,7 @@ class RecordCache:
 
     def __init__(
         self,
-        files: Sequence[RecordFile],
+        files: Sequence[RecordSource],
         budget: int | str,
         slab: Slab,
         queue: TransferQueue,
@@ -189,7 +189,7 @@ class RecordCache:
     ) -> None:
         self.close()
 
-    def _home(self, key: tuple[str, str]) -> RecordFile:
+    def _home(self, key: tuple[str, str]) -> RecordSource:
         home = self._homes.get(Key(*key))
         if home is None:
             raise InvalidInput(f"no record file of this cache has {tuple(key)}")

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import xxhash
 
@@ -29,6 +29,24 @@ from undercroft.units import MIB, format_size
 
 Verify = Literal["once", "always", "never"]
 _LARGEST_INDEX = 256 * MIB
+
+
+class RecordSource(Protocol):
+    """Where a cache reads records from: a record file, or the files of others where the same bytes lie."""
+
+    path: Path
+
+    def __getitem__(self, key: tuple[str, str], /) -> Record: ...
+
+    def __iter__(self) -> Iterator[tuple[str, str]]: ...
+
+    def chunks(self, pieces: Sequence[tuple[Record, int]]) -> list[Chunk]:
+        """The system calls that read records, each to an address; see `RecordFile.chunks`."""
+        ...
+
+    def settle(self, record: Record, address: int, *, moved: bool) -> None:
+        """Check a record that was read to an address, once more if need be; see `RecordFile.settle`."""
+        ...
 
 
 class RecordFile(Mapping[tuple[str, str], Record]):
@@ -172,13 +190,13 @@ class RecordFile(Mapping[tuple[str, str], Record]):
         return intact
 
 
-def homes(files: Sequence[RecordFile]) -> dict[Key, RecordFile]:
+def homes(files: Sequence[RecordSource]) -> dict[Key, RecordSource]:
     """Which of several files has each record.
 
     Raises:
         InvalidInput: two have the same.
     """
-    found: dict[Key, RecordFile] = {}
+    found: dict[Key, RecordSource] = {}
     for file in files:
         for name, kind in file:
             other = found.setdefault(Key(name, kind), file)

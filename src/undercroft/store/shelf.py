@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
+from typing import Protocol
 
 from undercroft.errors import BudgetExceeded, TierFull
 from undercroft.store.policy import EvictionPolicy
 from undercroft.store.record import Key, Record
-from undercroft.store.records import RecordFile
+from undercroft.store.records import RecordSource
 from undercroft.store.request import Request
-from undercroft.store.slab import Lease, Slab
+from undercroft.store.slab import Lease, Lender
 from undercroft.store.transfer import Transfer
 from undercroft.units import format_size
 
@@ -43,7 +44,7 @@ class Entry:
     """
 
     record: Record
-    file: RecordFile
+    file: RecordSource
     lease: Lease | None
     key: Key
     nbytes: int
@@ -56,6 +57,16 @@ class Entry:
 
 
 Spare = Callable[[Entry], bool]
+
+
+class Arena(Lender, Protocol):
+    """A lender of one space of so many bytes: a slab, or one on paper.
+
+    Attributes:
+        capacity: of the space.
+    """
+
+    capacity: int
 
 
 class Shelf:
@@ -77,7 +88,7 @@ class Shelf:
     """
 
     def __init__(
-        self, budget: int, slab: Slab, policy: EvictionPolicy[Key], on_evict: Callable[[Entry], None]
+        self, budget: int, slab: Arena, policy: EvictionPolicy[Key], on_evict: Callable[[Entry], None]
     ) -> None:
         self.budget = budget
         self.held = self.idle = 0
@@ -102,7 +113,7 @@ class Shelf:
         """Entries whose bytes are here."""
         return [entry for entry in self.entries.values() if not entry.loading]
 
-    def admit(self, record: Record, file: RecordFile, *, spare: Spare) -> Entry | None:
+    def admit(self, record: Record, file: RecordSource, *, spare: Spare) -> Entry | None:
         """Make room for a record; None where there is not enough.
 
         Args:

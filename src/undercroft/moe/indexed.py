@@ -1,0 +1,247 @@
+"""Experts read where they lie, in the safetensors files of a checkpoint: no second copy.
+
+It knows byte ranges and how they become an expert's parameters; not caches or models. Source offsets are multiples
+of 8 at best, so whole blocks are read around them. Where the runs of a parameter lie side by side in the file, as
+they mostly do, it is a view of what was read; other experts are put in order, on the thread that read them.
+Invariant: a file that changed since it was opened is never believed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from undercroft.errors import CorruptRecord, TransferFailed
+from undercroft.models.checkpoint import Checkpoint, Version
+from undercroft.models.recipe import Array, Recipe, Stored, assemble, is_plain, leaves
+from undercroft.moe.bank import Layer
+from undercroft.store.disk import DiskFile, open_file
+from undercroft.store.ranges import BLOCK, round_up
+from undercroft.store.record import Key, Record
+from undercroft.store.slab import Lease
+from undercroft.store.transfer import CHUNK, Chunk
+
+KIND = "stored"
+"""The kind of these records: each expert as the checkpoint has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Whole blocks of a file that hold some of an expert.
+
+    Attributes:
+        file: number of the file.
+        offset: in it, of the first block.
+        need: bytes until the last that is wanted; the file may end before the block does.
+        place: bytes into the record.
+    """
+
+    file: int
+    offset: int
+    need: int
+    place: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blocks."""
+        return round_up(self.need)
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """Where one expert lies, and where its parameters will be.
+
+    Attributes:
+        record: the room it takes.
+        windows: what is read, in the order of the files.
+        recipes: of its parameters.
+        places: bytes into the record at which each parameter starts, once it is settled.
+        in_order: the parameters are views of what was read.
+    """
+
+    record: Record
+    windows: tuple[Window, ...]
+    recipes: dict[str, Recipe]
+    places: dict[str, int]
+    in_order: bool
+
+
+class IndexedExperts:
+    """The experts of a checkpoint as records, one each; a `RecordSource`.
+
+    Args:
+        checkpoint: whose files they lie in; they are opened again, past the page cache.
+        layers: what they are made of.
+
+    Raises:
+        TransferFailed: a file cannot be opened.
+        UnsupportedModel: experts cannot be told apart, see `recipe.item`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layers: Sequence[Layer]) -> None:
+        self.path = checkpoint.paths[0].parent
+        self._checkpoint = checkpoint
+        self._files: list[DiskFile] = []
+        try:
+            for path in checkpoint.paths:
+                self._files.append(_open(path))
+            self._check_unchanged()
+            self._experts = {
+                layer.key(number, KIND): self._locate(layer, number)
+                for layer in layers
+                for number in range(layer.experts)
+            }
+        except BaseException:
+            self.close()
+            raise
+
+    def parameters(self, key: Key, layer: Layer, lease: Lease) -> dict[str, torch.Tensor]:
+        """An expert's parameters, as stored, over a lease that holds it, which they keep alive."""
+        storage = lease.storage(0, lease.nbytes)
+        places = self._experts[key].places
+        return {
+            name: _view(storage, places[name], each.stored, each.shape)
+            for name, each in layer.parameters.items()
+        }
+
+    def chunks(self, pieces: Sequence[tuple[Record, int]]) -> list[Chunk]:
+        """See `RecordSource`."""
+        return [chunk for record, address in pieces for chunk in self._chunks(record, address)]
+
+    def settle(self, record: Record, address: int, *, moved: bool) -> None:
+        """Put an expert in order that was read to `address`; read it again first if it was not `moved`.
+
+        Raises:
+            CorruptRecord: a file was changed or became shorter.
+            TransferFailed: the disk failed again.
+        """
+        if not moved:
+            for chunk in self._chunks(record, address):
+                chunk.file.read(chunk.offset, chunk.iovecs, chunk.need)
+        self._check_unchanged()
+        expert = self._experts[record.key]
+        if not expert.in_order:
+            self._put_in_order(expert, address)
+
+    def close(self) -> None:
+        """Close the files, which nobody may be reading; again is allowed."""
+        for file in self._files:
+            file.close()
+
+    def __getitem__(self, key: tuple[str, str]) -> Record:
+        return self._experts[Key(*key)].record
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._experts)
+
+    def _locate(self, layer: Layer, number: int) -> Expert:
+        recipes = layer.recipes(number)
+        windows = _windows([self._span(leaf) for recipe in recipes.values() for leaf in leaves(recipe)])
+        nbytes = sum(window.nbytes for window in windows)
+        record = Record(
+            name=layer.key(number, KIND).name,
+            kind=KIND,
+            offset=windows[0].offset,
+            nbytes=nbytes,
+            dtype="uint8",
+            shape=(nbytes,),
+            checksum=0,
+            metadata={},
+        )
+        places = {name: self._in_place(recipe, windows) for name, recipe in recipes.items()}
+        direct = {name: place for name, place in places.items() if place is not None}
+        if len(direct) == len(places):
+            return Expert(record, windows, recipes, direct, in_order=True)
+        return Expert(record, windows, recipes, _one_after_another(layer), in_order=False)
+
+    def _span(self, leaf: Stored) -> tuple[int, int, int]:
+        stored = self._checkpoint[leaf.name]
+        start = stored.offset + leaf.start
+        return stored.file, start, start + leaf.nbytes
+
+    def _place(self, leaf: Stored, windows: Sequence[Window]) -> int:
+        file, start, end = self._span(leaf)
+        return next(
+            window.place + start - window.offset
+            for window in windows
+            if window.file == file and window.offset <= start and end <= window.offset + window.need
+        )
+
+    def _in_place(self, recipe: Recipe, windows: Sequence[Window]) -> int | None:
+        """Where a parameter lies in what was read; None if its runs are not side by side there."""
+        runs = [(self._place(leaf, windows), leaf.nbytes) for leaf in leaves(recipe)]
+        beside = all(place + nbytes == after for (place, nbytes), (after, _) in pairwise(runs))
+        aligned = runs[0][0] % next(leaves(recipe)).itemsize == 0
+        return runs[0][0] if beside and aligned and is_plain(recipe) else None
+
+    def _chunks(self, record: Record, address: int) -> Iterator[Chunk]:
+        for window in self._experts[record.key].windows:
+            for start in range(0, window.nbytes, CHUNK):
+                memory = (address + window.place + start, min(CHUNK, window.nbytes - start))
+                need = min(CHUNK, window.need - start)
+                yield Chunk(self._files[window.file], window.offset + start, (memory,), need, memory)
+
+    def _put_in_order(self, expert: Expert, address: int) -> None:
+        room: Any = (ctypes.c_char * expert.record.nbytes).from_address(address)
+        memory: np.ndarray[tuple[int], np.dtype[np.uint8]] = np.frombuffer(room, dtype=np.uint8)
+
+        def read(leaf: Stored) -> Array:
+            start = self._place(leaf, expert.windows)
+            return memory[start : start + leaf.nbytes].copy().view(f"u{leaf.itemsize}").reshape(leaf.shape)
+
+        made = {name: assemble(recipe, read) for name, recipe in expert.recipes.items()}
+        for name, array in made.items():
+            flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            memory[expert.places[name] : expert.places[name] + flat.size] = flat
+
+    def _check_unchanged(self) -> None:
+        for path, file, version in zip(
+            self._checkpoint.paths, self._files, self._checkpoint.versions, strict=True
+        ):
+            if Version.of(file.fd) != version:
+                raise CorruptRecord(f"{path} was changed since it was opened; load the model again")
+
+
+def _windows(spans: Sequence[tuple[int, int, int]]) -> tuple[Window, ...]:
+    windows: list[Window] = []
+    for file, start, end in sorted(set(spans)):
+        last = windows[-1] if windows else None
+        if last is not None and last.file == file and start <= last.offset + last.nbytes:
+            need = max(last.need, end - last.offset)
+            windows[-1] = Window(file, last.offset, need, last.place)
+            continue
+        offset = start // BLOCK * BLOCK
+        windows.append(Window(file, offset, end - offset, last.place + last.nbytes if last else 0))
+    return tuple(windows)
+
+
+def _one_after_another(layer: Layer) -> dict[str, int]:
+    places: dict[str, int] = {}
+    end = 0
+    for name, each in layer.parameters.items():
+        places[name] = end
+        end += round_up(each.nbytes, 8)
+    return places
+
+
+def _view(
+    storage: torch.UntypedStorage, place: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> torch.Tensor:
+    strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return torch.empty(0, dtype=dtype).set_(storage, place // dtype.itemsize, shape, strides)  # pyright: ignore
+
+
+def _open(path: Path) -> DiskFile:
+    try:
+        return open_file(str(path), os.O_RDONLY, name=str(path))
+    except OSError as error:
+        raise TransferFailed(f"{path} cannot be read: {error.strerror}", errno=error.errno) from error

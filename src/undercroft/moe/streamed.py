@@ -1,0 +1,115 @@
+"""Lets a family's own forward run over experts that are not there: it asks for one expert, and waits until it came.
+
+transformers dispatches every decorated family's experts through one registry; what is registered here runs the very
+forward that the family brings, over an object that stands for its module. So whatever a family does to its experts'
+outputs, in whatever precision and order, is done. It knows that forward's shape; not files or caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from undercroft.errors import UnsupportedModel
+
+IMPLEMENTATION = "undercroft"
+"""What transformers calls this way to run experts."""
+_ATTRIBUTE = "_undercroft_layer"
+
+
+class Fetch(Protocol):
+    """The experts of one forward of one layer."""
+
+    def __getitem__(self, expert: int) -> Mapping[str, Tensor]:
+        """One expert's parameters; those of the one asked for before may be gone."""
+        ...
+
+    def close(self) -> None:
+        """No more are wanted."""
+        ...
+
+
+class StreamedLayer(Protocol):
+    """What a module is given to find its experts."""
+
+    parameters: Mapping[str, Any]
+
+    def fetch(self, experts: list[int], weights: Tensor, chosen: Tensor) -> Fetch:
+        """Begin to bring experts, all at once."""
+        ...
+
+
+class _Stack:
+    """Stands for a stacked parameter: indexing gives one expert's part."""
+
+    def __init__(self, name: str, fetch: Fetch, like: Tensor) -> None:
+        self._name, self._fetch = name, fetch
+        self.shape, self.dtype, self.device = like.shape, like.dtype, torch.device("cpu")
+
+    def __getitem__(self, expert: Tensor | int) -> Tensor:
+        return self._fetch[int(expert)][self._name]
+
+
+class _Borrowed:
+    """Stands for an experts module in its own forward: the same in all but its stacked parameters."""
+
+    def __init__(self, module: torch.nn.Module, stacks: Mapping[str, _Stack]) -> None:
+        self.__dict__.update(stacks)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def attach(module: torch.nn.Module, layer: StreamedLayer) -> None:
+    """Let a module find its experts through `layer`."""
+    setattr(module, _ATTRIBUTE, layer)
+
+
+def own_forward(module: torch.nn.Module) -> Callable[..., Tensor] | None:
+    """The forward that a decorated experts class brings itself; None if the class is not decorated."""
+    return getattr(type(module).forward, "__wrapped__", None) if hasattr(module, "has_gate") else None
+
+
+def expert_count(module: Any) -> int:
+    """How many experts a decorated module has."""
+    return module.num_experts
+
+
+def _wanted(chosen: Any, count: int) -> list[int]:
+    return [expert for expert in chosen.unique().tolist() if expert < count]
+
+
+def streamed_forward(module: torch.nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The experts' weighted sum.
+
+    Args:
+        module: the experts module, `attach`ed.
+        hidden: (tokens, width).
+        chosen: (tokens, k) int64, experts by number; a number beyond the last means none.
+        weights: (tokens, k), of the chosen.
+
+    Raises:
+        UnsupportedModel: a gradient is wanted, which would need the experts a second time.
+    """
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        raise UnsupportedModel(
+            "streamed experts are for inference: a backward would need them again. Call the model under "
+            "torch.no_grad(), or train with resident experts and `undercroft train`"
+        )
+    layer: StreamedLayer = getattr(module, _ATTRIBUTE)
+    forward = own_forward(module)
+    assert forward is not None
+    fetch = layer.fetch(_wanted(chosen, expert_count(module)), weights, chosen)
+    stacks = {name: _Stack(name, fetch, getattr(module, name)) for name in layer.parameters}
+    try:
+        return forward(_Borrowed(module, stacks), hidden, chosen, weights)
+    finally:
+        fetch.close()
+
+
+ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = streamed_forward

@@ -1,0 +1,122 @@
+"""Exact mode: the numbers of stock eager, whatever the budget, the readers and the layout of the checkpoint."""
+
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.moe.conftest import mixtral, prompt, qwen, stock
+
+from undercroft.errors import BudgetExceeded, CorruptRecord, TransferFailed, UnsupportedModel
+from undercroft.moe.load import load_moe
+
+EXPERT = 3 * 64 * 32 * 4  # bytes of one in float32; blocks around it add up to two of 4096
+BANK = 3 * 16 * (EXPERT + 8192)
+BUDGETS = {"one token": 4 * (EXPERT + 8192), "eighth": BANK // 8, "half": BANK // 2, "all": BANK}
+
+
+def same(one: Any, other: Any, ids: torch.Tensor, tokens: int = 64) -> None:
+    with torch.no_grad():
+        first, second = one(input_ids=ids), other(input_ids=ids)
+        assert torch.equal(first.logits, second.logits)
+        step = ids[:, -1:]
+        for _ in range(4):  # decoding with the cache that the prefill filled
+            first = one(input_ids=step, past_key_values=first.past_key_values)
+            second = other(input_ids=step, past_key_values=second.past_key_values)
+            assert torch.equal(first.logits, second.logits)
+            step = first.logits[:, -1:].argmax(-1)
+    options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(one.generate(ids[:1], **options), other.generate(ids[:1], **options))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("readers", [1, 4])
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
+def test_bit_for_bit(checkpoint: Callable[..., Path], budget: int, readers: int, seed: int) -> None:
+    folder = checkpoint(seed)
+    same(stock(folder), load_moe(folder, budget, readers=readers), prompt(seed=seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [qwen, mixtral])
+def test_batches_beams_and_sampling(
+    checkpoint: Callable[..., Path], make: Callable[[int], Any], dtype: torch.dtype
+) -> None:
+    folder = checkpoint(make=make)
+    one, other = stock(folder, dtype), load_moe(folder, BUDGETS["eighth"], dtype=dtype)
+    ids = prompt(rows=3)
+    for options in ({}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}):
+        found: list[torch.Tensor] = []
+        for model in (one, other):
+            torch.manual_seed(7)
+            found.append(model.generate(ids, max_new_tokens=12, pad_token_id=0, **options))
+        assert torch.equal(*found)
+
+
+def test_shards_may_part_an_expert(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint(max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 10
+    same(stock(folder), load_moe(folder, BUDGETS["half"]), prompt(), tokens=8)
+
+
+def test_no_expert_is_resident(checkpoint: Callable[..., Path]) -> None:
+    model = load_moe(checkpoint(), BUDGETS["all"])
+    stacked = [name for name, tensor in model.named_parameters() if "experts." in name]
+    assert stacked
+    assert all(tensor.is_meta == (name in stacked) for name, tensor in model.named_parameters())
+
+
+def test_nothing_is_left_when_a_model_goes(checkpoint: Callable[..., Path]) -> None:
+    import threading
+
+    folder = checkpoint()
+    model = load_moe(folder, BUDGETS["half"])
+    model(input_ids=prompt())
+    del model
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("undercroft-io")]
+    assert not [link for link in Path("/proc/self/fd").iterdir() if str(folder) in _target(link)]
+
+
+def _target(link: Path) -> str:
+    return os.readlink(link) if link.is_symlink() else ""
+
+
+def test_a_budget_below_one_expert_says_what_would_do(checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(BudgetExceeded) as caught:
+        load_moe(checkpoint(), "4KiB")
+    assert caught.value.least is not None
+    load_moe(checkpoint(seed=1), caught.value.least)
+
+
+def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    Qwen3ForCausalLM(Qwen3Config(**sizes, **heads)).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="no experts"):
+        load_moe(tmp_path)
+
+
+def test_a_file_changed_behind_its_back_is_noticed(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    model = load_moe(folder, BUDGETS["one token"])
+    model(input_ids=prompt())
+    file = folder / "model.safetensors"
+    with file.open("r+b") as writable:
+        writable.seek(file.stat().st_size // 2)
+        writable.write(b"\xff" * 4096)
+    with pytest.raises(CorruptRecord, match="changed"):
+        model(input_ids=prompt(length=40))
+
+
+def test_a_file_cut_short_is_noticed(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    model = load_moe(folder, BUDGETS["one token"])
+    os.truncate(folder / "model.safetensors", 100_000)
+    with pytest.raises((CorruptRecord, TransferFailed)):
+        model(input_ids=prompt(length=40))
