@@ -1,34 +1,27 @@
 """A caching allocator for PyTorch's CPU tensors: built on first use, installed once, process-wide.
 
-It knows how to compile, load and steer `pool.cpp`, which says why it exists. Without a C++ compiler there is no pool
-and everything else works, with a larger process and more CPU. Invariant: nothing is loaded that another user could
-have written.
+It knows how to load and steer `pool.cpp`, which says why it exists. Without a C++ compiler there is no pool and
+everything else works, with a larger process and more CPU. Invariant: nothing is loaded that another user could have
+written.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import os
-import shutil
-import stat
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from undercroft import machine
+from undercroft import native
 
 SMALLEST = 1024**2
 """Bytes of the smallest tensor that comes from the pool, at the start of a page."""
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC")
-_COMPILE_SECONDS = 120
 _log = logging.getLogger(__name__)
 
 
@@ -92,36 +85,11 @@ def library() -> Path:
     Raises:
         OSError: there is no compiler, it failed, or another user could have written the result.
     """
-    recipe = "\n".join([_SOURCE.read_text(), torch.__version__, *_FLAGS])
-    directory = machine.home() / "native"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    path = directory / f"pool-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        _compile(path)
-    for each in (directory, path):
-        _refuse_foreign(each)
-    return path
-
-
-def _compile(path: Path) -> None:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        raise OSError("no C++ compiler on the path")
     home = Path(torch.__file__).parent
-    _log.info("compiling the tensor pool, once on this machine")
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        built = Path(scratch) / path.name
-        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-        places = (f"-I{home / 'include'}", f"-L{home / 'lib'}", "-lc10")
-        command = [compiler, *_FLAGS, abi, str(_SOURCE), "-o", str(built), *places]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
-        if done.returncode:
-            raise OSError(f"{compiler} failed: {done.stderr.strip()[-300:]}")
-        built.chmod(0o700)
-        os.replace(built, path)
-
-
-def _refuse_foreign(path: Path) -> None:
-    status = path.stat()
-    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
-        raise OSError(f"{path} could have been written by another user")
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    return native.library(
+        _SOURCE,
+        flags=("-O2", abi),
+        places=(f"-I{home / 'include'}", f"-L{home / 'lib'}", "-lc10"),
+        made_for=torch.__version__,
+    )
