@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "undercroft"
-FLOOR = {"errors", "units", "events", "machine"}
+FLOOR = {"errors", "units", "events", "machine", "native"}
 
 # Which rooms a room may import from, beside itself.
 ROOMS: dict[str, set[str]] = {
@@ -16,6 +16,7 @@ ROOMS: dict[str, set[str]] = {
     "units": {"errors"},
     "events": {"errors"},
     "machine": {"errors", "units"},
+    "native": {"machine"},
     "kernels": FLOOR,
     "store": FLOOR,
     "models": FLOOR | {"store", "kernels"},
@@ -25,8 +26,8 @@ ROOMS: dict[str, set[str]] = {
     "memory": FLOOR | {"store", "models", "training"},
     "serving": FLOOR | {"store", "models", "kernels"},
     "testing": FLOOR | {"store"},
-    "bench": FLOOR | {"store", "models", "training"},
-    "bundled": set(),
+    "bench": FLOOR | {"store", "models", "training", "kernels", "moe"},
+    "bundled": {"errors"},
     "cli": FLOOR
     | {"", "store", "models", "training", "moe", "routing", "memory", "serving", "bundled", "bench"},
     "__main__": {"cli"},

@@ -22,6 +22,9 @@ from undercroft.errors import (
 )
 
 if TYPE_CHECKING:
+    from undercroft.moe.load import expert_report, load_moe
+    from undercroft.moe.quality import Quality
+    from undercroft.moe.simulate import simulate
     from undercroft.store.budget import Budget
     from undercroft.training.finetune import finetune
     from undercroft.training.loss import chunked_cross_entropy
@@ -35,9 +38,13 @@ _HOMES = {
     "ActivationSpill": "undercroft.training.spill",
     "Budget": "undercroft.store.budget",
     "FinetuneSettings": "undercroft.training.settings",
+    "Quality": "undercroft.moe.quality",
     "SpillCallback": "undercroft.training.trainer",
     "chunked_cross_entropy": "undercroft.training.loss",
+    "expert_report": "undercroft.moe.load",
     "finetune": "undercroft.training.finetune",
+    "load_moe": "undercroft.moe.load",
+    "simulate": "undercroft.moe.simulate",
 }
 
 __all__ = [
@@ -48,6 +55,7 @@ __all__ = [
     "FinetuneSettings",
     "InvalidInput",
     "MissingExtra",
+    "Quality",
     "SpillCallback",
     "SpillMisuse",
     "TierFull",
@@ -58,7 +66,10 @@ __all__ = [
     "WrongVersion",
     "__version__",
     "chunked_cross_entropy",
+    "expert_report",
     "finetune",
+    "load_moe",
+    "simulate",
 ]
 
 

@@ -23,10 +23,9 @@ def _quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def qwen(seed: int) -> Any:
-    config = Qwen3MoeConfig(
-        **SMALL, head_dim=16, num_experts=16, moe_intermediate_size=32, mlp_only_layers=[]
-    )
+def qwen(seed: int, **changes: Any) -> Any:
+    sizes = {**SMALL, "head_dim": 16, "num_experts": 16, "moe_intermediate_size": 32, **changes}
+    config = Qwen3MoeConfig(**sizes, mlp_only_layers=[])
     model = Qwen3MoeForCausalLM(config)
     fill(model, seed)
     return model

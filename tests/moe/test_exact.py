@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.moe.conftest import mixtral, prompt, qwen, stock
 
-from undercroft.errors import BudgetExceeded, CorruptRecord, TransferFailed, UnsupportedModel
+from undercroft.errors import BudgetExceeded, CorruptRecord, InvalidInput, TransferFailed, UnsupportedModel
 from undercroft.moe.load import load_moe
 
 EXPERT = 3 * 64 * 32 * 4  # bytes of one in float32; blocks around it add up to two of 4096
@@ -120,3 +120,48 @@ def test_a_file_cut_short_is_noticed(checkpoint: Callable[..., Path]) -> None:
     os.truncate(folder / "model.safetensors", 100_000)
     with pytest.raises((CorruptRecord, TransferFailed)):
         model(input_ids=prompt(length=40))
+
+
+def test_it_stays_where_it_is(checkpoint: Callable[..., Path]) -> None:
+    model: Any = load_moe(checkpoint(), BUDGETS["half"])
+    assert model.to("cpu") is model
+    assert model.to(torch.float32) is model
+    for convert in (lambda: model.to(torch.bfloat16), lambda: model.to("meta"), model.half, model.double):
+        with pytest.raises(UnsupportedModel, match="load_moe"):
+            convert()
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_saving_copies_the_checkpoint(checkpoint: Callable[..., Path], tmp_path: Path, shard: str) -> None:
+    folder = checkpoint(max_shard_size=shard)
+    model: Any = load_moe(folder, BUDGETS["half"])
+    with pytest.raises(InvalidInput, match="elsewhere"):
+        model.save_pretrained(folder)
+    with pytest.raises(InvalidInput, match="max_shard_size"):
+        model.save_pretrained(tmp_path / "copy", max_shard_size="1MB")
+    model.save_pretrained(tmp_path / "copy")
+    same(stock(tmp_path / "copy"), model, prompt(), tokens=8)
+
+
+def test_a_backward_is_refused(checkpoint: Callable[..., Path]) -> None:
+    model: Any = load_moe(checkpoint(), BUDGETS["half"])
+    embedded = model.get_input_embeddings()(prompt()).detach().requires_grad_()
+    with pytest.raises(UnsupportedModel, match="inference"):
+        model(inputs_embeds=embedded)
+    with torch.no_grad():
+        model(inputs_embeds=embedded)
+
+
+def test_a_pipeline_takes_it(checkpoint: Callable[..., Path]) -> None:
+    from transformers import PreTrainedTokenizerFast, pipeline
+
+    from undercroft.models.fresh import Shape, write_fresh_model
+
+    folder = checkpoint()
+    write_fresh_model(folder / "words", Shape(layers=1, width=32, heads=2, vocabulary=128, longest=32), [""])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "words", pad_token="<end>")
+    made = [
+        pipeline("text-generation", model=model, tokenizer=tokenizer)("ab", max_new_tokens=6, do_sample=False)
+        for model in (stock(folder), load_moe(folder, BUDGETS["half"]))
+    ]
+    assert made[0] == made[1]

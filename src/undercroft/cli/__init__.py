@@ -13,6 +13,7 @@ import typer
 from undercroft.cli.bench import bench
 from undercroft.cli.demo import demo
 from undercroft.cli.doctor import doctor
+from undercroft.cli.run import run
 from undercroft.cli.train import train
 from undercroft.errors import UndercroftError
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (demo, doctor, train):
+for verb in (demo, doctor, run, train):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 
@@ -43,7 +44,7 @@ def undercroft(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Train language models that do not fit in memory: activations move between GPU, RAM and SSD."""
+    """Train and run language models that do not fit in memory: tensors move between GPU, RAM and SSD."""
 
 
 def main() -> None:

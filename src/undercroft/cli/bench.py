@@ -65,6 +65,77 @@ def store(
 
 
 @bench.command()
+def kernels(
+    rounds: Rounds = 11,
+    attempts: Attempts = 3,
+    threads: Annotated[int, typer.Option(help="Threads of every way.")] = 2,
+    shape: Annotated[list[str], typer.Option(help="Rows x columns of a weight; may be repeated.")] = [  # noqa: B006
+        "14336x4096",
+        "2048x768",
+    ],
+    batch: Annotated[list[int], typer.Option(help="Rows of activations; may be repeated.")] = [1, 32],  # noqa: B006
+    working_set: Annotated[str, typer.Option(help="Bytes of weights that a way walks through.")] = "160MiB",
+    results: Results = None,
+    as_json: AsJson = False,
+    strict: Strict = False,
+) -> None:
+    """Compare products with packed weights with PyTorch's own kernels."""
+    from undercroft.bench.kernels import KernelSettings, measure_kernels
+
+    settings = KernelSettings(
+        shapes=tuple(map(_shape, shape)),
+        batches=tuple(batch),
+        threads=threads,
+        working_set=parse_size(working_set),
+        rounds=rounds,
+        attempts=attempts,
+    )
+    _tell([measure_kernels(settings, _progress)], results, as_json=as_json, strict=strict)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal()):
+        raise typer.BadParameter(f'--shape is like "2048x768", not {text!r}')
+    return int(rows), int(columns)
+
+
+@bench.command()
+def moe(
+    trace: Annotated[Path, typer.Option("--simulate", help="CSV file of routed experts to replay.")],
+    budget: Annotated[list[str], typer.Option(help="Bytes, or a share of all experts; may be repeated.")] = [  # noqa: B006
+        *("6%", "12.5%", "25%", "50%")
+    ],
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Which expert leaves first; may be repeated.", show_default="all")
+    ] = None,
+    quality: Annotated[str, typer.Option(help="exact, balanced, fast or hobbit.")] = "exact",
+    expert_bytes: Annotated[
+        str | None, typer.Option(help="Bytes of an expert.", show_default="what the trace says")
+    ] = None,
+    read_rate: Annotated[
+        str | None, typer.Option(help='Bytes read per second, like "1.7GB", to predict tokens per second.')
+    ] = None,
+    results: Results = None,
+    as_json: AsJson = False,
+    strict: Strict = False,
+) -> None:
+    """Simulate which experts a budget keeps in memory, from a trace of their routing."""
+    from undercroft.bench.moe import MoeSettings, measure_moe
+    from undercroft.moe.policies import ONLINE
+
+    settings = MoeSettings(
+        trace=trace,
+        budgets=tuple(budget),
+        policies=tuple(policy or ONLINE),
+        quality=quality,
+        expert_nbytes=None if expert_bytes is None else parse_size(expert_bytes),
+        read_bytes_per_second=None if read_rate is None else parse_size(read_rate),
+    )
+    _tell([measure_moe(settings, _progress)], results, as_json=as_json, strict=strict)
+
+
+@bench.command()
 def train(
     rounds: Rounds = 7,
     attempts: Attempts = 3,

@@ -95,7 +95,9 @@ class Checkpoint(Mapping[str, StoredTensor]):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.paths = [path.resolve() for path in _files(folder)]  # the hub's cache is made of links
+        self._folder = folder
+        self._names = [path.name for path in _files(folder)]
+        self.paths = [(folder / name).resolve() for name in self._names]  # the hub's cache is made of links
         self._fds: list[int] = []
         self._tensors: dict[str, StoredTensor] = {}
         try:
@@ -136,6 +138,12 @@ class Checkpoint(Mapping[str, StoredTensor]):
             if moved == 0:
                 raise CorruptRecord(f"{self.paths[file]} ends at byte {offset + done}; fetch it again")
             done += moved
+
+    @property
+    def files(self) -> list[Path]:
+        """All files of weights, with the index where there is one."""
+        index = [self._folder / _INDEX] if (self._folder / _INDEX).is_file() else []
+        return [*(self._folder / path for path in self._names), *index]
 
     def check_unchanged(self) -> None:
         """See that no file was written to since it was opened.

@@ -42,6 +42,11 @@ class Tokenizer:
         self._inner: Any = inner
 
     @property
+    def inner(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of transformers."""
+        return self._inner
+
+    @property
     def size(self) -> int:
         """How many tokens there are."""
         return len(self._inner)
@@ -82,6 +87,18 @@ class Tokenizer:
         found = self._inner(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
         answers = [any(a < end and b > start for start, end in spans) for a, b in found["offset_mapping"]]
         return Conversation(ids=found["input_ids"], answers=answers)
+
+    def ask(self, messages: list[Message]) -> list[int]:
+        """The tokens of a conversation up to where the assistant's next words begin.
+
+        Raises:
+            InvalidInput: see `converse`.
+        """
+        if not self._inner.chat_template:
+            raise InvalidInput(
+                f"the tokenizer of {self.source} has no chat template; leave --chat out to go on from a text"
+            )
+        return self.encode(self._render(messages, answer_next=True))
 
     def save(self, directory: Path) -> None:
         """Write the tokenizer's files."""

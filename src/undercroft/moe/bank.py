@@ -1,8 +1,7 @@
-# Reconstructed from its uses: the first version was overwritten by mistake by the author of importance.py and
-# quality.py. Whoever has the original: put it back over this file, and nothing else is needed.
-"""What the experts of a model are made of.
+"""What the experts of a model are made of: per MoE layer, how many, which parameters, and the recipe of each.
 
-It knows shapes, dtypes and recipes; not files, caches or memory.
+Pure; it knows names, shapes and recipes, not files or budgets. Layers are numbered in the order in which a forward
+pass comes to them, only those with experts counted. Invariant: all experts of a layer have the same parameters.
 """
 
 from __future__ import annotations

@@ -7,113 +7,220 @@ asked for at once, or in waves where the cache has no room for all of it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from undercroft.errors import BudgetExceeded
+from undercroft.events import Recorder
 from undercroft.moe.bank import Layer
-from undercroft.moe.indexed import KIND, IndexedExperts
+from undercroft.moe.importance import Use, weigh
+from undercroft.moe.journal import Journal
+from undercroft.moe.layered import ExpertPolicy
+from undercroft.moe.quality import Quality
+from undercroft.moe.serving_order import Choice, ServingOrder, waves
+from undercroft.moe.stock import Stock
+from undercroft.moe.trace import Trace
 from undercroft.store.cache import RecordCache
 from undercroft.store.record import Key
+from undercroft.store.records import RecordSource
 from undercroft.store.slab import Lease
+
+
+class ExpertSource(Protocol):
+    """Where the experts are."""
+
+    @property
+    def files(self) -> Sequence[RecordSource]:
+        """For the cache."""
+        ...
+
+    @property
+    def stock(self) -> Stock:
+        """What a policy needs to know of them."""
+        ...
+
+    def parameters(self, key: Key, layer: Layer, lease: Lease) -> Mapping[str, Tensor]:
+        """An expert's parameters, as stored, over a lease that holds it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertReport:
+    """What the experts of a model cost so far.
+
+    Attributes:
+        hits: experts that were in memory when they were wanted.
+        misses: experts that were not.
+        read_nbytes: bytes read for them.
+        evictions: copies that left to make room.
+        held: bytes of experts in memory now.
+        budget: the most that there may be.
+        waited_seconds: time that forwards stood still for reads.
+        low_mass: share of the gate mass served by low copies, 0 to 1.
+        skip_mass: share left out.
+    """
+
+    hits: int
+    misses: int
+    read_nbytes: int
+    evictions: int
+    held: int
+    budget: int
+    waited_seconds: float
+    low_mass: float
+    skip_mass: float
+
+    @property
+    def hit_rate(self) -> float:
+        """Of all experts that were wanted; 0 where none was."""
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 0.0
 
 
 class Engine:
     """The experts of a model.
 
     Args:
-        layers: what they are made of.
         source: where they are.
         cache: what holds some of them.
+        quality: what may be given up.
+        policy: which leaves first; the cache's own.
+        recorder: the cache's own.
+
+    Raises:
+        BudgetExceeded: the cache has no room for one expert.
     """
 
-    def __init__(self, layers: Sequence[Layer], source: IndexedExperts, cache: RecordCache) -> None:
-        self.layers, self._source, self._cache = layers, source, cache
-        largest = max(source[layer.key(0, KIND)].occupied for layer in layers)
+    def __init__(
+        self,
+        source: ExpertSource,
+        cache: RecordCache,
+        quality: Quality,
+        policy: ExpertPolicy,
+        recorder: Recorder,
+    ) -> None:
+        self.source, self.cache = source, cache
+        self.waited_seconds = 0.0
+        self._recorder = recorder
+        self._journal: Journal | None = None
+        self._policy = policy
+        self._order = ServingOrder(source.stock, quality, policy)
+        self._exact = not quality.degrades
+        largest = max((*source.stock.high_nbytes, *source.stock.low_nbytes))
         if cache.budget < largest:
             raise BudgetExceeded(largest, cache.budget, least=largest)
 
-    def layer(self, layer: Layer) -> LayerEngine:
-        """What serves one layer."""
-        return LayerEngine(self, layer)
+    def report(self) -> ExpertReport:
+        """What was done so far."""
+        counted, account = self._recorder.counters, self._order.account
+        return ExpertReport(
+            hits=int(counted.get("hits", 0) + counted.get("waits", 0)),
+            misses=int(counted.get("misses", 0)),
+            read_nbytes=int(counted.get("read_bytes", 0)),
+            evictions=int(counted.get("evictions", 0)),
+            held=self.cache.held,
+            budget=self.cache.budget,
+            waited_seconds=self.waited_seconds,
+            low_mass=account.low_mass / account.mass if account.mass else 0.0,
+            skip_mass=account.skip_mass / account.mass if account.mass else 0.0,
+        )
 
-    def fetch(self, keys: Sequence[Key]) -> Iterator[tuple[Key, Lease]]:
-        """Ask the cache for experts that it has room for at once."""
-        return self._cache.fetch(keys)
+    def keep_journal(self) -> None:
+        """Note from now on what is routed where."""
+        self._journal = Journal(self.source.stock)
 
-    def waves(self, keys: Sequence[Key]) -> Iterator[list[Key]]:
-        """Keys in runs that the cache has room for at once."""
-        wave: list[Key] = []
-        room = self._cache.budget
-        for key in keys:
-            nbytes = self._source[key].occupied
-            if wave and nbytes > room:
-                yield wave
-                wave, room = [], self._cache.budget
-            wave.append(key)
-            room -= nbytes
-        if wave:
-            yield wave
+    def trace(self) -> Trace:
+        """What was routed since `keep_journal`."""
+        assert self._journal is not None, "no journal is kept"
+        return self._journal.trace()
 
-    def parameters(self, key: Key, layer: Layer, lease: Lease) -> Mapping[str, Tensor]:
-        """An expert's parameters in the model's dtype, over its lease where that is how they are stored."""
-        found = self._source.parameters(key, layer, lease)
-        return {name: tensor.to(layer.parameters[name].dtype) for name, tensor in found.items()}
+    def turn_to(self, *, is_first: bool, is_prefill: bool) -> None:
+        """A forward begins, perhaps the first of a sequence."""
+        if is_first:
+            self._policy.begin()
+        if self._journal is not None:
+            self._journal.turn_to(is_first=is_first, is_prefill=is_prefill)
+
+    def serve(self, layer: Layer, chosen: Tensor, weights: Tensor) -> LayerService:
+        """Begin to bring what one forward of a layer wants.
+
+        Args:
+            layer: which.
+            chosen: (tokens, k) int64, experts by number; a number beyond the last means none.
+            weights: (tokens, k), of the chosen.
+        """
+        experts: NDArray[np.int64] = chosen.numpy()
+        if self._journal is not None:
+            self._journal.note(layer.number, experts, weights.float().numpy())
+        uses = self._uses(layer, experts, weights)
+        choices = self._order.step(layer.number, uses, len(experts), self.cache.__contains__)
+        return LayerService(self, layer, choices)
+
+    def _uses(self, layer: Layer, experts: NDArray[np.int64], weights: Tensor) -> list[Use]:
+        if not self._exact:
+            return weigh(experts, weights.float().numpy())
+        numbers, counts = np.unique(experts, return_counts=True)
+        return [
+            Use(number, float(count), 0.0, count)
+            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
+            if number < layer.experts
+        ]
 
 
-class LayerEngine:
-    """Serves the experts of one layer; see `streamed.StreamedLayer`."""
+class LayerService:
+    """The experts of one forward of one layer, to be asked for in ascending order; see `streamed.Service`."""
 
-    def __init__(self, engine: Engine, layer: Layer) -> None:
-        self.parameters = layer.parameters
+    def __init__(self, engine: Engine, layer: Layer, choices: Sequence[Choice]) -> None:
         self._engine, self._layer = engine, layer
-
-    def fetch(self, experts: list[int], weights: Tensor, chosen: Tensor) -> LayerFetch:
-        """Begin to bring experts, which will be asked for in this order."""
-        return LayerFetch(self._engine, self._layer, experts)
-
-
-class LayerFetch:
-    """The experts of one forward of one layer; see `streamed.Fetch`."""
-
-    def __init__(self, engine: Engine, layer: Layer, experts: Sequence[int]) -> None:
-        self._engine, self._layer = engine, layer
-        self._waves = engine.waves([layer.key(expert, KIND) for expert in experts])
+        self._keys = {choice.expert: choice.key for choice in choices if choice.key is not None}
+        self._waves = waves(self._keys.values(), engine.source.stock, engine.cache.budget)
         self._coming: Iterator[tuple[Key, Lease]] = iter(())
         self._held: dict[Key, Lease] = {}
-        self._at: Key | None = None
+        self._at = -1
         self._parameters: Mapping[str, Tensor] = {}
         self._begin()
 
     def __getitem__(self, expert: int) -> Mapping[str, Tensor]:
-        key = self._layer.key(expert, KIND)
-        if key != self._at:
-            self._parameters, self._at = {}, None
-            lease = self._lease(key)
-            self._parameters, self._at = self._engine.parameters(key, self._layer, lease), key
+        if expert != self._at:
+            self._parameters, self._at = {}, -1
+            key = self._keys.get(expert) or self._engine.source.stock.high_keys[self._layer.number][expert]
+            self._parameters, self._at = self._open(key), expert
         return self._parameters
 
     def close(self) -> None:
         """Let go of all."""
-        self._parameters, self._at = {}, None
+        self._parameters, self._at = {}, -1
         self._held.clear()
         self._coming = iter(())
+
+    def _open(self, key: Key) -> dict[str, Any]:
+        found = self._engine.source.parameters(key, self._layer, self._lease(key))
+        return {name: tensor.to(self._layer.parameters[name].dtype) for name, tensor in found.items()}
 
     def _begin(self) -> bool:
         wave = next(self._waves, None)
         if wave is None:
             return False
         self._held.clear()
-        self._coming = self._engine.fetch(wave)
+        self._coming = self._engine.cache.fetch(wave)
         return True
 
     def _lease(self, key: Key) -> Lease:
+        began = time.perf_counter()
+        self._await(key)
+        self._engine.waited_seconds += time.perf_counter() - began
+        return self._held.pop(key)
+
+    def _await(self, key: Key) -> None:
         while key not in self._held:
             arrived = next(self._coming, None)
             if arrived is not None:
                 self._held[arrived[0]] = arrived[1]
-            elif not self._begin():  # a forward that asks for an expert nobody chose
+            elif not self._begin():  # a forward that asks for an expert that nobody chose
                 self._held.clear()
-                self._coming = self._engine.fetch([key])
-        return self._held.pop(key)
+                self._coming = self._engine.cache.fetch([key])

@@ -24,9 +24,11 @@ from undercroft.errors import CorruptRecord, TransferFailed
 from undercroft.models.checkpoint import Checkpoint, Version
 from undercroft.models.recipe import Array, Recipe, Stored, assemble, is_plain, leaves
 from undercroft.moe.bank import Layer
+from undercroft.moe.stock import Stock
 from undercroft.store.disk import DiskFile, open_file
 from undercroft.store.ranges import BLOCK, round_up
 from undercroft.store.record import Key, Record
+from undercroft.store.records import RecordSource
 from undercroft.store.slab import Lease
 from undercroft.store.transfer import CHUNK, Chunk
 
@@ -81,14 +83,20 @@ class IndexedExperts:
     Args:
         checkpoint: whose files they lie in; they are opened again, past the page cache.
         layers: what they are made of.
+        used: how many of them a token uses in each layer.
+
+    Attributes:
+        files: itself, for a cache.
+        stock: what a policy needs to know of them.
 
     Raises:
         TransferFailed: a file cannot be opened.
         UnsupportedModel: experts cannot be told apart, see `recipe.item`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layers: Sequence[Layer]) -> None:
+    def __init__(self, checkpoint: Checkpoint, layers: Sequence[Layer], used: int) -> None:
         self.path = checkpoint.paths[0].parent
+        self.files: list[RecordSource] = [self]
         self._checkpoint = checkpoint
         self._files: list[DiskFile] = []
         try:
@@ -96,13 +104,13 @@ class IndexedExperts:
                 self._files.append(_open(path))
             self._check_unchanged()
             self._experts = {
-                layer.key(number, KIND): self._locate(layer, number)
-                for layer in layers
-                for number in range(layer.experts)
+                expert.record.key: expert for layer in layers for expert in self._locate_all(layer)
             }
         except BaseException:
             self.close()
             raise
+        rooms = [self._experts[layer.key(0, KIND)].record.occupied for layer in layers]
+        self.stock = Stock.of(rooms, experts=max(layer.experts for layer in layers), used=used, high=KIND)
 
     def parameters(self, key: Key, layer: Layer, lease: Lease) -> dict[str, torch.Tensor]:
         """An expert's parameters, as stored, over a lease that holds it, which they keep alive."""
@@ -143,13 +151,21 @@ class IndexedExperts:
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self._experts)
 
-    def _locate(self, layer: Layer, number: int) -> Expert:
-        recipes = layer.recipes(number)
-        windows = _windows([self._span(leaf) for recipe in recipes.values() for leaf in leaves(recipe)])
-        nbytes = sum(window.nbytes for window in windows)
+    def _locate_all(self, layer: Layer) -> Iterator[Expert]:
+        """The experts of a layer; all take the same room, whatever blocks they touch."""
+        recipes = [layer.recipes(number) for number in range(layer.experts)]
+        windows = [_windows(self._spans(each)) for each in recipes]
+        nbytes = max(sum(window.nbytes for window in each) for each in windows)
+        for number in range(layer.experts):
+            yield self._locate(layer, number, recipes[number], windows[number], nbytes)
+
+    def _locate(
+        self, layer: Layer, number: int, recipes: dict[str, Recipe], windows: tuple[Window, ...], nbytes: int
+    ) -> Expert:
+        key = layer.key(number, KIND)
         record = Record(
-            name=layer.key(number, KIND).name,
-            kind=KIND,
+            name=key.name,
+            kind=key.kind,
             offset=windows[0].offset,
             nbytes=nbytes,
             dtype="uint8",
@@ -162,6 +178,9 @@ class IndexedExperts:
         if len(direct) == len(places):
             return Expert(record, windows, recipes, direct, in_order=True)
         return Expert(record, windows, recipes, _one_after_another(layer), in_order=False)
+
+    def _spans(self, recipes: dict[str, Recipe]) -> list[tuple[int, int, int]]:
+        return [self._span(leaf) for recipe in recipes.values() for leaf in leaves(recipe)]
 
     def _span(self, leaf: Stored) -> tuple[int, int, int]:
         stored = self._checkpoint[leaf.name]

@@ -7,34 +7,45 @@ transformers' eager forward computes, with every weight from the checkpoint.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from undercroft.errors import UnsupportedModel
+from undercroft.errors import InvalidInput
+from undercroft.events import Recorder
 from undercroft.models.checkpoint import Checkpoint, StoredTensor
-from undercroft.models.recipe import Recipe, leaves, shape_of
+from undercroft.models.recipe import leaves
 from undercroft.models.source import locate, read_config
-from undercroft.models.tracing import Lazy, load, trace
-from undercroft.moe.bank import Layer, Parameter
-from undercroft.moe.engine import Engine
+from undercroft.models.tracing import Lazy, load
+from undercroft.moe.bank import Layer
+from undercroft.moe.engine import Engine, ExpertReport
 from undercroft.moe.indexed import IndexedExperts
-from undercroft.moe.streamed import IMPLEMENTATION, attach, expert_count, own_forward
+from undercroft.moe.model import adopt
+from undercroft.moe.policies import make_policy
+from undercroft.moe.quality import Quality
+from undercroft.moe.streamed import IMPLEMENTATION, attach
+from undercroft.moe.survey import survey
 from undercroft.store.cache import RecordCache
 from undercroft.store.ranges import BLOCK
 from undercroft.store.slab import HUGE_PAGE, Slab
 from undercroft.store.transfer import TransferQueue
 from undercroft.units import parse_size
 
+_ENGINE = "_undercroft_engine"
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
+
 
 def load_moe(
     source: str | Path,
     budget: int | str = "2GiB",
+    quality: str | Quality = "exact",
     *,
     dtype: torch.dtype | None = None,
+    policy: str = "expected-use",
     readers: int = 4,
 ) -> PreTrainedModel:
     """A causal language model of transformers whose experts stay on disk but for `budget` bytes of them.
@@ -42,7 +53,9 @@ def load_moe(
     Args:
         source: a folder that holds config.json and *.safetensors, or a name on the Hugging Face hub.
         budget: the most bytes of experts to hold in memory.
+        quality: what may be given up, by name or in full; see `Quality`.
         dtype: of the model; what the checkpoint's configuration says if None.
+        policy: which experts leave first; see `make_policy`.
         readers: threads that read.
 
     Raises:
@@ -51,55 +64,65 @@ def load_moe(
         CorruptRecord: a file contradicts itself.
         BudgetExceeded: the budget does not hold one expert.
     """
+    wanted = quality if isinstance(quality, Quality) else Quality.preset(quality)
     folder = Path(locate(source))
     config = read_config(str(folder))
     kind = dtype or getattr(config, "dtype", None) or torch.float32
     checkpoint = Checkpoint(folder)
-    layers = _layers(config, checkpoint, kind)
+    layers = survey(config, checkpoint, kind).layers
     model = _dense(config, checkpoint, layers, kind)
-    engine, close = _engine(checkpoint, layers, parse_size(budget), readers)
+    indexed = IndexedExperts(checkpoint, layers, _used(config))
+    if not wanted.is_exact:
+        raise InvalidInput(
+            'in its own checkpoint an expert has one precision, so only quality "exact" can be served from there; '
+            "write it in others first: undercroft pack"
+        )
+    engine, close = _engine(indexed, parse_size(budget), wanted, policy, readers)
     for layer in layers:
-        attach(model.get_submodule(layer.module), engine.layer(layer))
-    weakref.finalize(model, close)
+        attach(model.get_submodule(layer.module), partial(engine.serve, layer))
+    model.register_forward_pre_hook(partial(_tell, engine), with_kwargs=True)
+    setattr(model, _ENGINE, engine)
+    weakref.finalize(model, close, checkpoint)
+    adopt(model, checkpoint.files)
     return model.requires_grad_(False).eval()
 
 
-def _layers(config: PreTrainedConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> list[Layer]:
-    model, recipes = trace(config, checkpoint, dtype=dtype, experts=IMPLEMENTATION)
-    modules = _expert_modules(model)
-    if not modules:
-        raise UnsupportedModel(f"a {type(model).__name__} has no experts that could be streamed")
-    return [
-        Layer(
-            number=number,
-            module=name,
-            experts=expert_count(module),
-            parameters=dict(_parameters(name, module, checkpoint, recipes)),
-        )
-        for number, (name, module) in enumerate(modules.items())
-    ]
+def expert_report(model: PreTrainedModel) -> ExpertReport:
+    """What the experts of a model that `load_moe` opened cost so far.
+
+    Raises:
+        InvalidInput: it is another's.
+    """
+    return engine_of(model).report()
 
 
-def _expert_modules(model: Any) -> dict[str, torch.nn.Module]:
-    return {name: module for name, module in model.named_modules() if own_forward(module) is not None}
+def engine_of(model: PreTrainedModel) -> Engine:
+    """The engine of a model that `load_moe` opened.
+
+    Raises:
+        InvalidInput: it is another's.
+    """
+    engine = getattr(model, _ENGINE, None)
+    if engine is None:
+        raise InvalidInput(f"this {type(model).__name__} was not opened by load_moe")
+    return engine
 
 
-def _parameters(
-    name: str, module: torch.nn.Module, checkpoint: Checkpoint, recipes: Mapping[str, Recipe]
-) -> Iterator[tuple[str, Parameter]]:
-    for attribute, tensor in module.named_parameters(recurse=False):
-        recipe = recipes.get(f"{name}.{attribute}")
-        if recipe is None:
-            raise UnsupportedModel(
-                f"{name}.{attribute} is made of this checkpoint in a way that no expert can be read alone"
-            )
-        (stored,) = {checkpoint[leaf.name].dtype for leaf in leaves(recipe)}
-        yield (
-            attribute,
-            Parameter(
-                name=attribute, shape=shape_of(recipe)[1:], stored=stored, dtype=tensor.dtype, recipe=recipe
-            ),
-        )
+def _used(config: PreTrainedConfig) -> int:
+    """How many experts a token uses; a guess of 1 if the configuration has its own word for it."""
+    text = config.get_text_config()
+    found = [getattr(text, name, None) for name in _TOP_K]
+    return next((number for number in found if isinstance(number, int) and number > 0), 1)
+
+
+def _tell(engine: Engine, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell the engine where a sequence begins, and what is prefill."""
+    past = kwargs.get("past_key_values")
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    is_first = past is None or past.get_seq_length() == 0
+    engine.turn_to(is_first=is_first, is_prefill=is_first or tokens is None or tokens.shape[1] > 1)
 
 
 def _dense(
@@ -119,18 +142,20 @@ def _dense(
     return load(config, weights, dtype=dtype, experts=IMPLEMENTATION)
 
 
-def _engine(checkpoint: Checkpoint, layers: list[Layer], budget: int, readers: int) -> tuple[Engine, Any]:
-    source = IndexedExperts(checkpoint, layers)
-    page = HUGE_PAGE if budget >= 64 * HUGE_PAGE else BLOCK
-    slab = Slab(budget, page=page)
+def _engine(
+    source: IndexedExperts, budget: int, quality: Quality, policy: str, readers: int
+) -> tuple[Engine, Callable[[Checkpoint], None]]:
+    leaving = make_policy(policy, source.stock)
+    slab = Slab(budget, page=HUGE_PAGE if budget >= 64 * HUGE_PAGE else BLOCK)
     queue = TransferQueue(workers=readers + 1)
-    cache = RecordCache([source], budget, slab, queue)
+    recorder = Recorder(enabled=False)
+    cache = RecordCache(source.files, budget, slab, queue, policy=leaving, recorder=recorder)
 
-    def close() -> None:
+    def close(checkpoint: Checkpoint) -> None:
         cache.close()
         queue.close()
         slab.close()
         source.close()
         checkpoint.close()
 
-    return Engine(layers, source, cache), close
+    return Engine(source, cache, quality, leaving, recorder), close

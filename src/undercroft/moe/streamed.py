@@ -18,10 +18,10 @@ from undercroft.errors import UnsupportedModel
 
 IMPLEMENTATION = "undercroft"
 """What transformers calls this way to run experts."""
-_ATTRIBUTE = "_undercroft_layer"
+_ATTRIBUTE = "_undercroft_serve"
 
 
-class Fetch(Protocol):
+class Service(Protocol):
     """The experts of one forward of one layer."""
 
     def __getitem__(self, expert: int) -> Mapping[str, Tensor]:
@@ -33,25 +33,23 @@ class Fetch(Protocol):
         ...
 
 
-class StreamedLayer(Protocol):
-    """What a module is given to find its experts."""
+class Serve(Protocol):
+    """How a module finds its experts."""
 
-    parameters: Mapping[str, Any]
-
-    def fetch(self, experts: list[int], weights: Tensor, chosen: Tensor) -> Fetch:
-        """Begin to bring experts, all at once."""
+    def __call__(self, chosen: Tensor, weights: Tensor) -> Service:
+        """Begin to bring what a forward wants, all at once; see `streamed_forward`."""
         ...
 
 
 class _Stack:
     """Stands for a stacked parameter: indexing gives one expert's part."""
 
-    def __init__(self, name: str, fetch: Fetch, like: Tensor) -> None:
-        self._name, self._fetch = name, fetch
+    def __init__(self, name: str, service: Service, like: Tensor) -> None:
+        self._name, self._service = name, service
         self.shape, self.dtype, self.device = like.shape, like.dtype, torch.device("cpu")
 
     def __getitem__(self, expert: Tensor | int) -> Tensor:
-        return self._fetch[int(expert)][self._name]
+        return self._service[int(expert)][self._name]
 
 
 class _Borrowed:
@@ -65,9 +63,9 @@ class _Borrowed:
         return getattr(self._module, name)
 
 
-def attach(module: torch.nn.Module, layer: StreamedLayer) -> None:
-    """Let a module find its experts through `layer`."""
-    setattr(module, _ATTRIBUTE, layer)
+def attach(module: torch.nn.Module, serve: Serve) -> None:
+    """Let a module find its experts through `serve`."""
+    setattr(module, _ATTRIBUTE, serve)
 
 
 def own_forward(module: torch.nn.Module) -> Callable[..., Tensor] | None:
@@ -78,10 +76,6 @@ def own_forward(module: torch.nn.Module) -> Callable[..., Tensor] | None:
 def expert_count(module: Any) -> int:
     """How many experts a decorated module has."""
     return module.num_experts
-
-
-def _wanted(chosen: Any, count: int) -> list[int]:
-    return [expert for expert in chosen.unique().tolist() if expert < count]
 
 
 def streamed_forward(module: torch.nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -101,15 +95,15 @@ def streamed_forward(module: torch.nn.Module, hidden: Tensor, chosen: Tensor, we
             "streamed experts are for inference: a backward would need them again. Call the model under "
             "torch.no_grad(), or train with resident experts and `undercroft train`"
         )
-    layer: StreamedLayer = getattr(module, _ATTRIBUTE)
+    serve: Serve = getattr(module, _ATTRIBUTE)
     forward = own_forward(module)
     assert forward is not None
-    fetch = layer.fetch(_wanted(chosen, expert_count(module)), weights, chosen)
-    stacks = {name: _Stack(name, fetch, getattr(module, name)) for name in layer.parameters}
+    service = serve(chosen, weights)
+    stacks = {name: _Stack(name, service, each) for name, each in module.named_parameters(recurse=False)}
     try:
         return forward(_Borrowed(module, stacks), hidden, chosen, weights)
     finally:
-        fetch.close()
+        service.close()
 
 
 ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = streamed_forward

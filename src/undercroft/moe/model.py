@@ -1,0 +1,81 @@
+"""What a model whose experts are elsewhere does not do as others: move, change its dtype, be saved.
+
+It knows transformers' models; not how experts are served.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from undercroft.errors import InvalidInput, UnsupportedModel
+
+
+class StreamedModel:
+    """Mixed into the class of a model by `adopt`."""
+
+    undercroft_files: Sequence[Path]
+    """The checkpoint's files of weights, its index included."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As `torch.nn.Module.to`, where there is nothing to do.
+
+        Raises:
+            UnsupportedModel: for another device or dtype.
+        """
+        parse: Any = torch._C._nn._parse_to  # pyright: ignore
+        parsed = cast("tuple[Any, ...]", parse(*args, **kwargs))
+        device, dtype = parsed[0], parsed[1]
+        model = cast("Any", self)
+        if (device is None or device.type == "cpu") and dtype in (None, model.dtype):
+            return self
+        raise UnsupportedModel(
+            f"a streamed model stays on the CPU in {model.dtype}: its experts are not here to be moved; "
+            "open it again with load_moe(..., dtype=...) for another dtype"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What `half`, `cuda` and their like come to."""
+        raise UnsupportedModel(
+            "a streamed model cannot be converted, for its experts are not here; "
+            "open it again with load_moe(..., dtype=...)"
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Copy the checkpoint, and write the configuration.
+
+        Raises:
+            InvalidInput: that is where it came from, or an option that would change what is written.
+        """
+        directory, model = Path(save_directory), cast("Any", self)
+        if options:
+            raise InvalidInput(
+                f"a streamed model is saved by copying its checkpoint; leave out {', '.join(options)}"
+            )
+        if directory.resolve() == self.undercroft_files[0].parent.resolve():
+            raise InvalidInput(f"{directory} is where the model's experts are read from; save it elsewhere")
+        directory.mkdir(parents=True, exist_ok=True)
+        for file in self.undercroft_files:
+            shutil.copyfile(file, directory / file.name)
+        model.config.save_pretrained(directory)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(directory)
+
+
+def adopt(model: PreTrainedModel, files: Sequence[Path]) -> None:
+    """Make a model a `StreamedModel` too; it stays an instance of its own class.
+
+    Args:
+        model: whose experts are meta tensors.
+        files: its checkpoint's files of weights.
+    """
+    own = type(model)
+    model.__class__ = type(own.__name__, (StreamedModel, own), {"__module__": own.__module__})
+    cast("Any", model).undercroft_files = files
+    cast("Any", model).hf_device_map = {"": "cpu"}  # so that pipelines leave it where it is
