@@ -23,6 +23,7 @@ from undercroft.errors import (
 
 if TYPE_CHECKING:
     from undercroft.moe.load import expert_report, load_moe
+    from undercroft.moe.pack import pack
     from undercroft.moe.quality import Quality
     from undercroft.moe.simulate import simulate
     from undercroft.store.budget import Budget
@@ -44,6 +45,7 @@ _HOMES = {
     "expert_report": "undercroft.moe.load",
     "finetune": "undercroft.training.finetune",
     "load_moe": "undercroft.moe.load",
+    "pack": "undercroft.moe.pack",
     "simulate": "undercroft.moe.simulate",
 }
 
@@ -69,6 +71,7 @@ __all__ = [
     "expert_report",
     "finetune",
     "load_moe",
+    "pack",
     "simulate",
 ]
 

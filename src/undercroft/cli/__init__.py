@@ -13,6 +13,7 @@ import typer
 from undercroft.cli.bench import bench
 from undercroft.cli.demo import demo
 from undercroft.cli.doctor import doctor
+from undercroft.cli.pack import pack
 from undercroft.cli.run import run
 from undercroft.cli.train import train
 from undercroft.errors import UndercroftError
@@ -25,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (demo, doctor, run, train):
+for verb in (demo, doctor, pack, run, train):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -20,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from undercroft.errors import InvalidInput, TransferFailed, UndercroftError, UnsupportedModel
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?", re.ASCII)
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CAUSAL_CLASSES = frozenset[str](MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
@@ -95,6 +97,21 @@ def _check_causal(source: str, config: PreTrainedConfig) -> None:
             f"{source} is a {what}, not a causal language model (one that predicts the next token); "
             "choose one whose architecture ends in ForCausalLM or LMHeadModel"
         )
+
+
+def download(source: str) -> Path:
+    """The folder of a located source, fetched from the hub if that is where it is: configuration and safetensors.
+
+    Raises:
+        TransferFailed: the hub does not give it.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    hub: Any = huggingface_hub
+    try:
+        return Path(hub.snapshot_download(source, allow_patterns=_WANTED))
+    except (OSError, ValueError) as error:
+        raise explain(source, error) from error
 
 
 def explain(source: str, error: Exception) -> UndercroftError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,6 +26,7 @@ class Parameter:
         stored: the dtype in the checkpoint.
         dtype: the dtype in the model.
         recipe: how the stacked parameter is made of the checkpoint's tensors.
+        strides: of a contiguous tensor of that shape, in elements.
     """
 
     name: str
@@ -33,6 +34,11 @@ class Parameter:
     stored: torch.dtype
     dtype: torch.dtype
     recipe: Recipe
+    strides: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        strides = tuple(math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
+        object.__setattr__(self, "strides", strides)
 
     @property
     def nbytes(self) -> int:

@@ -10,44 +10,50 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from undercroft.errors import BudgetExceeded
 from undercroft.events import Recorder
-from undercroft.moe.bank import Layer
 from undercroft.moe.importance import Use, weigh
 from undercroft.moe.journal import Journal
 from undercroft.moe.layered import ExpertPolicy
+from undercroft.moe.packed import PackedMatrix
+from undercroft.moe.packed_weight import PackedWeight
 from undercroft.moe.quality import Quality
 from undercroft.moe.serving_order import Choice, ServingOrder, waves
 from undercroft.moe.stock import Stock
 from undercroft.moe.trace import Trace
 from undercroft.store.cache import RecordCache
 from undercroft.store.record import Key
-from undercroft.store.records import RecordSource
 from undercroft.store.slab import Lease
 
 
 class ExpertSource(Protocol):
     """Where the experts are."""
 
-    @property
-    def files(self) -> Sequence[RecordSource]:
-        """For the cache."""
-        ...
-
-    @property
-    def stock(self) -> Stock:
-        """What a policy needs to know of them."""
-        ...
-
-    def parameters(self, key: Key, layer: Layer, lease: Lease) -> Mapping[str, Tensor]:
+    def parameters(self, key: Key, lease: Lease) -> Mapping[str, Tensor | PackedMatrix]:
         """An expert's parameters, as stored, over a lease that holds it."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedLayer:
+    """What is to be known of a layer.
+
+    Attributes:
+        number: among the layers with experts.
+        experts: how many.
+        dtypes: of each of their parameters in the model.
+    """
+
+    number: int
+    experts: int
+    dtypes: Mapping[str, torch.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +93,7 @@ class Engine:
 
     Args:
         source: where they are.
+        stock: what there is.
         cache: what holds some of them.
         quality: what may be given up.
         policy: which leaves first; the cache's own.
@@ -99,19 +106,21 @@ class Engine:
     def __init__(
         self,
         source: ExpertSource,
+        stock: Stock,
         cache: RecordCache,
         quality: Quality,
         policy: ExpertPolicy,
         recorder: Recorder,
     ) -> None:
-        self.source, self.cache = source, cache
+        self.stock, self.cache = stock, cache
+        self._source = source
         self.waited_seconds = 0.0
         self._recorder = recorder
         self._journal: Journal | None = None
         self._policy = policy
-        self._order = ServingOrder(source.stock, quality, policy)
+        self._order = ServingOrder(stock, quality, policy)
         self._exact = not quality.degrades
-        largest = max((*source.stock.high_nbytes, *source.stock.low_nbytes))
+        largest = max((*stock.high_nbytes, *stock.low_nbytes))
         if cache.budget < largest:
             raise BudgetExceeded(largest, cache.budget, least=largest)
 
@@ -132,7 +141,7 @@ class Engine:
 
     def keep_journal(self) -> None:
         """Note from now on what is routed where."""
-        self._journal = Journal(self.source.stock)
+        self._journal = Journal(self.stock)
 
     def trace(self) -> Trace:
         """What was routed since `keep_journal`."""
@@ -146,7 +155,7 @@ class Engine:
         if self._journal is not None:
             self._journal.turn_to(is_first=is_first, is_prefill=is_prefill)
 
-    def serve(self, layer: Layer, chosen: Tensor, weights: Tensor) -> LayerService:
+    def serve(self, layer: ServedLayer, chosen: Tensor, weights: Tensor) -> LayerService:
         """Begin to bring what one forward of a layer wants.
 
         Args:
@@ -161,9 +170,18 @@ class Engine:
         choices = self._order.step(layer.number, uses, len(experts), self.cache.__contains__)
         return LayerService(self, layer, choices)
 
-    def _uses(self, layer: Layer, experts: NDArray[np.int64], weights: Tensor) -> list[Use]:
+    def open(self, layer: ServedLayer, key: Key, lease: Lease) -> Mapping[str, Tensor]:
+        """An expert's parameters as the model takes them, over a lease that holds it."""
+        found = self._source.parameters(key, lease)
+        return {name: _taken(each, layer.dtypes[name]) for name, each in found.items()}
+
+    def _uses(self, layer: ServedLayer, experts: NDArray[np.int64], weights: Tensor) -> list[Use]:
         if not self._exact:
             return weigh(experts, weights.float().numpy())
+        if len(experts) == 1:
+            return [
+                Use(expert, 1.0, 0.0, 1) for expert in sorted(experts[0].tolist()) if expert < layer.experts
+            ]
         numbers, counts = np.unique(experts, return_counts=True)
         return [
             Use(number, float(count), 0.0, count)
@@ -175,10 +193,11 @@ class Engine:
 class LayerService:
     """The experts of one forward of one layer, to be asked for in ascending order; see `streamed.Service`."""
 
-    def __init__(self, engine: Engine, layer: Layer, choices: Sequence[Choice]) -> None:
+    def __init__(self, engine: Engine, layer: ServedLayer, choices: Sequence[Choice]) -> None:
         self._engine, self._layer = engine, layer
+        self.skipped = {choice.expert for choice in choices if choice.key is None}
         self._keys = {choice.expert: choice.key for choice in choices if choice.key is not None}
-        self._waves = waves(self._keys.values(), engine.source.stock, engine.cache.budget)
+        self._waves = waves(self._keys.values(), engine.stock, engine.cache.budget)
         self._coming: Iterator[tuple[Key, Lease]] = iter(())
         self._held: dict[Key, Lease] = {}
         self._at = -1
@@ -188,8 +207,8 @@ class LayerService:
     def __getitem__(self, expert: int) -> Mapping[str, Tensor]:
         if expert != self._at:
             self._parameters, self._at = {}, -1
-            key = self._keys.get(expert) or self._engine.source.stock.high_keys[self._layer.number][expert]
-            self._parameters, self._at = self._open(key), expert
+            key = self._keys.get(expert) or self._engine.stock.high_keys[self._layer.number][expert]
+            self._parameters, self._at = self._engine.open(self._layer, key, self._lease(key)), expert
         return self._parameters
 
     def close(self) -> None:
@@ -197,10 +216,6 @@ class LayerService:
         self._parameters, self._at = {}, -1
         self._held.clear()
         self._coming = iter(())
-
-    def _open(self, key: Key) -> dict[str, Any]:
-        found = self._engine.source.parameters(key, self._layer, self._lease(key))
-        return {name: tensor.to(self._layer.parameters[name].dtype) for name, tensor in found.items()}
 
     def _begin(self) -> bool:
         wave = next(self._waves, None)
@@ -224,3 +239,9 @@ class LayerService:
             elif not self._begin():  # a forward that asks for an expert that nobody chose
                 self._held.clear()
                 self._coming = self._engine.cache.fetch([key])
+
+
+def _taken(stored: Tensor | PackedMatrix, dtype: torch.dtype) -> Tensor:
+    if isinstance(stored, PackedMatrix):
+        return PackedWeight.of(stored, dtype)
+    return stored if stored.dtype is dtype else stored.to(dtype)

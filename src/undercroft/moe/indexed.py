@@ -9,7 +9,6 @@ Invariant: a file that changed since it was opened is never believed.
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,6 +64,7 @@ class Expert:
     Attributes:
         record: the room it takes.
         windows: what is read, in the order of the files.
+        layer: that it belongs to.
         recipes: of its parameters.
         places: bytes into the record at which each parameter starts, once it is settled.
         in_order: the parameters are views of what was read.
@@ -72,6 +72,7 @@ class Expert:
 
     record: Record
     windows: tuple[Window, ...]
+    layer: Layer
     recipes: dict[str, Recipe]
     places: dict[str, int]
     in_order: bool
@@ -83,20 +84,20 @@ class IndexedExperts:
     Args:
         checkpoint: whose files they lie in; they are opened again, past the page cache.
         layers: what they are made of.
-        used: how many of them a token uses in each layer.
 
     Attributes:
         files: itself, for a cache.
-        stock: what a policy needs to know of them.
+        layers: as given.
 
     Raises:
         TransferFailed: a file cannot be opened.
         UnsupportedModel: experts cannot be told apart, see `recipe.item`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layers: Sequence[Layer], used: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, layers: Sequence[Layer]) -> None:
         self.path = checkpoint.paths[0].parent
         self.files: list[RecordSource] = [self]
+        self.layers = layers
         self._checkpoint = checkpoint
         self._files: list[DiskFile] = []
         try:
@@ -109,17 +110,24 @@ class IndexedExperts:
         except BaseException:
             self.close()
             raise
-        rooms = [self._experts[layer.key(0, KIND)].record.occupied for layer in layers]
-        self.stock = Stock.of(rooms, experts=max(layer.experts for layer in layers), used=used, high=KIND)
 
-    def parameters(self, key: Key, layer: Layer, lease: Lease) -> dict[str, torch.Tensor]:
+    def parameters(self, key: Key, lease: Lease) -> dict[str, torch.Tensor]:
         """An expert's parameters, as stored, over a lease that holds it, which they keep alive."""
-        storage = lease.storage(0, lease.nbytes)
-        places = self._experts[key].places
+        storage, expert = lease.storage(0, lease.nbytes), self._experts[key]
         return {
-            name: _view(storage, places[name], each.stored, each.shape)
-            for name, each in layer.parameters.items()
+            name: _view(storage, expert.places[name], each.stored, each.shape, each.strides)
+            for name, each in expert.layer.parameters.items()
         }
+
+    def stock(self, used: int) -> Stock:
+        """What a policy needs to know of them.
+
+        Args:
+            used: how many experts a token uses in each layer.
+        """
+        rooms = [self._experts[layer.key(0, KIND)].record.occupied for layer in self.layers]
+        most = max(layer.experts for layer in self.layers)
+        return Stock.of(rooms, experts=most, used=used, high=KIND)
 
     def chunks(self, pieces: Sequence[tuple[Record, int]]) -> list[Chunk]:
         """See `RecordSource`."""
@@ -176,8 +184,8 @@ class IndexedExperts:
         places = {name: self._in_place(recipe, windows) for name, recipe in recipes.items()}
         direct = {name: place for name, place in places.items() if place is not None}
         if len(direct) == len(places):
-            return Expert(record, windows, recipes, direct, in_order=True)
-        return Expert(record, windows, recipes, _one_after_another(layer), in_order=False)
+            return Expert(record, windows, layer, recipes, direct, in_order=True)
+        return Expert(record, windows, layer, recipes, _one_after_another(layer), in_order=False)
 
     def _spans(self, recipes: dict[str, Recipe]) -> list[tuple[int, int, int]]:
         return [self._span(leaf) for recipe in recipes.values() for leaf in leaves(recipe)]
@@ -253,9 +261,12 @@ def _one_after_another(layer: Layer) -> dict[str, int]:
 
 
 def _view(
-    storage: torch.UntypedStorage, place: int, dtype: torch.dtype, shape: tuple[int, ...]
+    storage: torch.UntypedStorage,
+    place: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
 ) -> torch.Tensor:
-    strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
     return torch.empty(0, dtype=dtype).set_(storage, place // dtype.itemsize, shape, strides)  # pyright: ignore
 
 

@@ -7,7 +7,7 @@ transformers' eager forward computes, with every weight from the checkpoint.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from undercroft.errors import InvalidInput
 from undercroft.events import Recorder
 from undercroft.models.checkpoint import Checkpoint, StoredTensor
-from undercroft.models.recipe import leaves
-from undercroft.models.source import locate, read_config
+from undercroft.models.source import download, locate, read_config
 from undercroft.models.tracing import Lazy, load
-from undercroft.moe.bank import Layer
-from undercroft.moe.engine import Engine, ExpertReport
+from undercroft.moe.engine import Engine, ExpertReport, ServedLayer
 from undercroft.moe.indexed import IndexedExperts
 from undercroft.moe.model import adopt
+from undercroft.moe.packed import PackedExperts, is_packed, open_packed
 from undercroft.moe.policies import make_policy
 from undercroft.moe.quality import Quality
+from undercroft.moe.stock import Stock
 from undercroft.moe.streamed import IMPLEMENTATION, attach
 from undercroft.moe.survey import survey
 from undercroft.store.cache import RecordCache
@@ -35,6 +35,7 @@ from undercroft.store.slab import HUGE_PAGE, Slab
 from undercroft.store.transfer import TransferQueue
 from undercroft.units import parse_size
 
+_QUANTISED = ("int8", "int4", "int2")
 _ENGINE = "_undercroft_engine"
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
 
@@ -51,7 +52,7 @@ def load_moe(
     """A causal language model of transformers whose experts stay on disk but for `budget` bytes of them.
 
     Args:
-        source: a folder that holds config.json and *.safetensors, or a name on the Hugging Face hub.
+        source: a folder that holds config.json and *.safetensors, one that `pack` wrote, or a name on the hub.
         budget: the most bytes of experts to hold in memory.
         quality: what may be given up, by name or in full; see `Quality`.
         dtype: of the model; what the checkpoint's configuration says if None.
@@ -65,25 +66,30 @@ def load_moe(
         BudgetExceeded: the budget does not hold one expert.
     """
     wanted = quality if isinstance(quality, Quality) else Quality.preset(quality)
-    folder = Path(locate(source))
-    config = read_config(str(folder))
-    kind = dtype or getattr(config, "dtype", None) or torch.float32
+    place = locate(source)
+    config = read_config(place)
+    folder = download(place)
     checkpoint = Checkpoint(folder)
-    layers = survey(config, checkpoint, kind).layers
-    model = _dense(config, checkpoint, layers, kind)
-    indexed = IndexedExperts(checkpoint, layers, _used(config))
-    if not wanted.is_exact:
-        raise InvalidInput(
-            'in its own checkpoint an expert has one precision, so only quality "exact" can be served from there; '
-            "write it in others first: undercroft pack"
-        )
-    engine, close = _engine(indexed, parse_size(budget), wanted, policy, readers)
-    for layer in layers:
-        attach(model.get_submodule(layer.module), partial(engine.serve, layer))
+    kind = dtype or getattr(config, "dtype", None) or torch.float32
+    experts: IndexedExperts | PackedExperts
+    if is_packed(folder):
+        experts = open_packed(folder)
+        absent, files = experts.tensors, [file for file in folder.iterdir() if file.is_file()]
+    else:
+        found = survey(config, checkpoint, kind)
+        experts = IndexedExperts(checkpoint, found.layers)
+        absent, files = {name: checkpoint[name] for name in found.tensors()}, checkpoint.files
+    stock = experts.stock(_used(config))
+    _check_served(wanted, stock)
+    model = _dense(config, checkpoint, absent, kind)
+    engine, close = _engine(experts, stock, parse_size(budget), wanted, policy, readers)
+    for layer in experts.layers:
+        module = model.get_submodule(layer.module)
+        attach(module, partial(engine.serve, _served(layer.number, layer.experts, module)))
     model.register_forward_pre_hook(partial(_tell, engine), with_kwargs=True)
     setattr(model, _ENGINE, engine)
     weakref.finalize(model, close, checkpoint)
-    adopt(model, checkpoint.files)
+    adopt(model, files)
     return model.requires_grad_(False).eval()
 
 
@@ -125,37 +131,65 @@ def _tell(engine: Engine, model: Any, args: tuple[Any, ...], kwargs: dict[str, A
     engine.turn_to(is_first=is_first, is_prefill=is_first or tokens is None or tokens.shape[1] > 1)
 
 
+def _check_served(quality: Quality, stock: Stock) -> None:
+    """See that the copies are there that a quality would serve.
+
+    Raises:
+        InvalidInput: they are not.
+    """
+    if quality.degrades and quality.low and stock.low is None:
+        raise InvalidInput(
+            "this quality serves experts in low precision too, and here they have no such copies; "
+            "write them first (undercroft pack SRC DST), and name what it wrote"
+        )
+    if quality.is_exact and stock.high in _QUANTISED:
+        raise InvalidInput(
+            f"these experts were packed as {stock.high}, so nothing exact can be served; choose another quality, "
+            "or pack with --high keep"
+        )
+
+
+def _served(number: int, experts: int, module: Any) -> ServedLayer:
+    dtypes = {name: weight.dtype for name, weight in module.named_parameters(recurse=False)}
+    return ServedLayer(number=number, experts=experts, dtypes=dtypes)
+
+
 def _dense(
-    config: PreTrainedConfig, checkpoint: Checkpoint, layers: list[Layer], dtype: torch.dtype
+    config: PreTrainedConfig,
+    checkpoint: Checkpoint,
+    absent: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
 ) -> PreTrainedModel:
     """The model with all weights but its experts', which are meta tensors."""
-    streamed = {
-        leaf.name for layer in layers for each in layer.parameters.values() for leaf in leaves(each.recipe)
-    }
 
     def give(stored: StoredTensor, wanted: torch.dtype | None) -> torch.Tensor:
-        if stored.name in streamed:
+        if stored.name in absent:
             return torch.empty(stored.shape, dtype=wanted or stored.dtype, device="meta")
         return checkpoint.read(stored).to(wanted or stored.dtype)
 
-    weights = {name: Lazy(stored, give) for name, stored in checkpoint.items()}
+    weights = {name: Lazy(stored, give) for name, stored in {**checkpoint, **absent}.items()}
     return load(config, weights, dtype=dtype, experts=IMPLEMENTATION)
 
 
 def _engine(
-    source: IndexedExperts, budget: int, quality: Quality, policy: str, readers: int
+    experts: IndexedExperts | PackedExperts,
+    stock: Stock,
+    budget: int,
+    quality: Quality,
+    policy: str,
+    readers: int,
 ) -> tuple[Engine, Callable[[Checkpoint], None]]:
-    leaving = make_policy(policy, source.stock)
+    leaving = make_policy(policy, stock)
     slab = Slab(budget, page=HUGE_PAGE if budget >= 64 * HUGE_PAGE else BLOCK)
     queue = TransferQueue(workers=readers + 1)
     recorder = Recorder(enabled=False)
-    cache = RecordCache(source.files, budget, slab, queue, policy=leaving, recorder=recorder)
+    cache = RecordCache(experts.files, budget, slab, queue, policy=leaving, recorder=recorder)
 
     def close(checkpoint: Checkpoint) -> None:
         cache.close()
         queue.close()
         slab.close()
-        source.close()
+        experts.close()
         checkpoint.close()
 
-    return Engine(source, cache, quality, leaving, recorder), close
+    return Engine(experts, stock, cache, quality, leaving, recorder), close

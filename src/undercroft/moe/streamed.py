@@ -7,12 +7,14 @@ outputs, in whatever precision and order, is done. It knows that forward's shape
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from undercroft.errors import UnsupportedModel
 
@@ -23,6 +25,11 @@ _ATTRIBUTE = "_undercroft_serve"
 
 class Service(Protocol):
     """The experts of one forward of one layer."""
+
+    @property
+    def skipped(self) -> Set[int]:
+        """Those that are left out."""
+        ...
 
     def __getitem__(self, expert: int) -> Mapping[str, Tensor]:
         """One expert's parameters; those of the one asked for before may be gone."""
@@ -99,6 +106,10 @@ def streamed_forward(module: torch.nn.Module, hidden: Tensor, chosen: Tensor, we
     forward = own_forward(module)
     assert forward is not None
     service = serve(chosen, weights)
+    if len(chosen) == 1 and _is_usual(forward):
+        return _one_token(module, service, hidden, chosen, weights)
+    if service.skipped:
+        chosen, weights = _without(chosen, weights, list(service.skipped))
     stacks = {name: _Stack(name, service, each) for name, each in module.named_parameters(recurse=False)}
     try:
         return forward(_Borrowed(module, stacks), hidden, chosen, weights)
@@ -106,4 +117,36 @@ def streamed_forward(module: torch.nn.Module, hidden: Tensor, chosen: Tensor, we
         service.close()
 
 
+def _without(chosen: Tensor, weights: Tensor, skipped: list[int]) -> tuple[Tensor, Tensor]:
+    """The same choice without some experts: another of the token's takes their place, with no weight."""
+    gone = torch.isin(chosen, torch.tensor(skipped))
+    other = chosen.gather(1, (~gone).int().argmax(dim=1, keepdim=True))
+    return torch.where(gone, other, chosen), weights.masked_fill(gone, 0)
+
+
+def _is_usual(forward: Any) -> bool:
+    """Whether a family's forward is, instruction by instruction, Mixtral's, as most families' is."""
+    code, usual = forward.__code__, _USUAL.__code__
+    return code is usual or (code.co_code, code.co_names) == (usual.co_code, usual.co_names)
+
+
+def _one_token(module: Any, service: Service, hidden: Tensor, chosen: Any, weights: Tensor) -> Tensor:
+    """What the usual forward does to one token, without looking for the tokens of each expert."""
+    out = torch.zeros_like(hidden)
+    slots = sorted((expert, slot) for slot, expert in enumerate(chosen[0].tolist()))
+    for expert, slot in slots:
+        if expert < module.num_experts and expert not in service.skipped:
+            each = _usual_expert(module.act_fn, hidden, service[expert])
+            out.add_((each * weights[:, slot : slot + 1]).to(out.dtype))
+    service.close()
+    return out
+
+
+def _usual_expert(act_fn: Any, hidden: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """By itself, so that its weights are let go of before the next expert is asked for."""
+    gate, up = linear(hidden, parts["gate_up_proj"]).chunk(2, dim=-1)
+    return linear(act_fn(gate) * up, parts["down_proj"])
+
+
+_USUAL: Any = MixtralExperts.forward.__wrapped__  # pyright: ignore
 ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = streamed_forward

@@ -1,0 +1,193 @@
+"""The experts of a packed folder, as records for a cache.
+
+It knows record files and what their records hold; not caches, engines or transformers. Invariants: nothing in the
+folder is believed before it is checked; what `parameters` gives lies inside the lease that it was given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+import xxhash
+from torch import Tensor
+
+from undercroft.errors import CorruptRecord
+from undercroft.kernels.format import Format
+from undercroft.kernels.quantise import dequantise
+from undercroft.models.checkpoint import StoredTensor
+from undercroft.moe.dense import digest_of
+from undercroft.moe.manifest import DENSE, FILE, Manifest, PackedLayer, read_whole, records_file
+from undercroft.moe.packing import Part, parse_parts, view
+from undercroft.moe.stock import Stock
+from undercroft.store.index import index_path
+from undercroft.store.record import Key, Record
+from undercroft.store.records import RecordFile, Verify
+from undercroft.store.slab import Lease
+
+NOWHERE = -1
+"""The file of a tensor that is not in the folder as such."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedMatrix:
+    """A quantised matrix, over the lease that holds its bytes.
+
+    Attributes:
+        packed: uint8 [packed_nbytes(format, rows, columns)], for `kernels.linear`.
+        format: of it.
+        rows: outputs.
+        columns: inputs.
+        transposed: the parameter of the model is [columns, rows].
+    """
+
+    packed: Tensor
+    format: Format
+    rows: int
+    columns: int
+    transposed: bool
+
+    def tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The parameter that the bytes stand for, in the model's shape."""
+        matrix = dequantise(self.packed, self.format, self.rows, self.columns, dtype)
+        return matrix.t() if self.transposed else matrix
+
+
+class PackedExperts:
+    """The experts of a packed folder; made by `open_packed`, and a context manager.
+
+    Attributes:
+        folder: where it is. Its other weights are `Checkpoint(folder)`.
+        files: the record files of the layers, for a cache.
+        layers: what they are made of.
+        high: the kind of the full copies.
+        low: that of the low copies; None where there are none.
+        tensors: the tensors of the original checkpoint that experts were made of, for a loader that must hear of
+            every name; their file is `NOWHERE`.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, files: list[RecordFile]) -> None:
+        self.folder, self.files = folder, files
+        self.layers, forms = manifest.layers, manifest.forms
+        self.high, self.low = forms.high, forms.low
+        self.tensors = {
+            name: StoredTensor(name, NOWHERE, dtype, shape, 0)
+            for name, (dtype, shape) in manifest.tensors.items()
+        }
+        self._parts: dict[Key, tuple[Part, ...]] = {}
+        for layer, file in zip(self.layers, files, strict=True):
+            for kind in forms.kinds:
+                self._parts.update(_all_parts(layer, file, kind))
+
+    def parameters(self, key: Key, lease: Lease) -> dict[str, Tensor | PackedMatrix]:
+        """An expert's parameters by name, over a lease that holds its record, which they keep alive.
+
+        Args:
+            key: from `PackedLayer.key`.
+            lease: of the record's bytes. Do not write to what is returned.
+        """
+        parts = self._parts[key]
+        nbytes = max(part.offset + part.nbytes for part in parts)
+        content = torch.empty(0, dtype=torch.uint8).set_(lease.storage(0, nbytes))  # pyright: ignore
+        return {part.name: _usable(part, view(part, content)) for part in parts}
+
+    def stock(self, used: int) -> Stock:
+        """What a policy needs to know of them.
+
+        Args:
+            used: how many experts a token uses in each layer.
+        """
+        return Stock.of(
+            self._sizes(self.high),
+            experts=max(layer.experts for layer in self.layers),
+            used=used,
+            high=self.high,
+            low=self.low,
+            low_nbytes=self._sizes(self.low) if self.low else (),
+        )
+
+    def close(self) -> None:
+        """Close the files, which nobody may be reading; again is allowed."""
+        for file in self.files:
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _sizes(self, kind: str) -> list[int]:
+        return [file[layer.key(0, kind)].nbytes for layer, file in zip(self.layers, self.files, strict=True)]
+
+
+def is_packed(folder: str | Path) -> bool:
+    """Whether a folder says that it holds a packed model, complete."""
+    return (Path(folder) / FILE).is_file()
+
+
+def open_packed(folder: str | Path, *, verify: Verify = "once") -> PackedExperts:
+    """Open the experts of a folder that `pack` wrote.
+
+    Args:
+        folder: the folder.
+        verify: compare the checksums of experts at their first read, at every one, or never. Unless never, that of
+            all other weights is compared now, which reads them.
+
+    Raises:
+        InvalidInput: there is no packed model, or no such `verify`.
+        WrongVersion: it is of another version.
+        CorruptRecord: something in it was changed, is missing, or describes what cannot be.
+        TransferFailed: it cannot be read.
+    """
+    place = Path(folder)
+    manifest = Manifest.parse(read_whole(place / FILE), str(place / FILE))
+    if len(manifest.indexes) != len(manifest.layers) or not manifest.layers:
+        raise CorruptRecord(f"{place} was not packed to its end; pack it again")
+    if verify != "never" and digest_of(place / DENSE) != manifest.dense:
+        raise CorruptRecord(f"{place / DENSE} was changed after it was written; pack the model again")
+    files: list[RecordFile] = []
+    try:
+        for number, digest in enumerate(manifest.indexes):
+            files.append(_open_records(place / records_file(number), digest, verify))
+        return PackedExperts(place, manifest, files)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+
+
+def _open_records(path: Path, digest: str, verify: Verify) -> RecordFile:
+    if not index_path(path).exists():
+        raise CorruptRecord(f"{index_path(path)} is missing; pack the model again")
+    if xxhash.xxh3_64_hexdigest(read_whole(index_path(path))) != digest:
+        raise CorruptRecord(f"{index_path(path)} was changed after it was written; pack the model again")
+    return RecordFile.open(path, verify=verify)
+
+
+def _all_parts(layer: PackedLayer, file: RecordFile, kind: str) -> dict[Key, tuple[Part, ...]]:
+    """What the records of a layer hold; all of a kind are of one size, which caches count on."""
+    shapes = {name: each.shape for name, each in layer.parameters.items()}
+    found: dict[Key, tuple[Part, ...]] = {}
+    before: Record | None = None
+    for expert in range(layer.experts):
+        record = file.get(layer.key(expert, kind))
+        if record is None or record.nbytes != (before or record).nbytes:
+            raise CorruptRecord(f"{file.path} has no {kind} copy of expert {expert}, or one of another size")
+        if before is not None and record.metadata == before.metadata:
+            found[record.key] = found[before.key]
+        else:
+            found[record.key] = parse_parts(record.metadata, shapes, record.nbytes)
+        before = record
+    return found
+
+
+def _usable(part: Part, content: Tensor) -> Tensor | PackedMatrix:
+    if isinstance(part.content, Format):
+        return PackedMatrix(content, part.content, *part.matrix, part.transposed)
+    return content
