@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+import hypothesis
 import pytest
 import tqdm
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many processes as cores: more threads would only wait
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 tqdm.tqdm.monitor_interval = 0  # its thread lives as long as the process, and is nobody's leak
+
+hypothesis.settings.register_profile("shared", deadline=None)  # cores are shared: a slow example is no bug
+hypothesis.settings.load_profile("shared")
 
 Mount = Callable[..., Path]
 
@@ -69,6 +73,24 @@ def undercroft_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     os.environ["UNDERCROFT_HOME"] = str(home)
     return home
+
+
+@pytest.fixture(scope="session")
+def small_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model like the bundled one, with its tokenizer, fewer layers and experts, and random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from undercroft.bundled import model_folder
+
+    folder = tmp_path_factory.mktemp("models") / "small"
+    shutil.copytree(
+        model_folder("moe"), folder, ignore=shutil.ignore_patterns("*.safetensors", "README.md", "*ing.json")
+    )
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder, num_hidden_layers=2, num_experts=16, num_experts_per_tok=2)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

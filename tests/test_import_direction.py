@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "memory": FLOOR | {"store", "models", "training"},
     "serving": FLOOR | {"store", "models", "kernels"},
     "testing": FLOOR | {"store"},
-    "bench": FLOOR | {"store", "models", "training", "kernels", "moe"},
+    "bench": FLOOR | {"store", "models", "training", "kernels", "moe", "bundled", "testing"},
     "bundled": {"errors"},
     "cli": FLOOR
     | {"", "store", "models", "training", "moe", "routing", "memory", "serving", "bundled", "bench"},

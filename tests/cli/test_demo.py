@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from undercroft.cli.demo import training_text
-from undercroft.cli.table import comparison_table
+from undercroft.cli.demo import streaming_text, training_text
+from undercroft.cli.table import comparison_table, streaming_table
+from undercroft.moe.demonstration import StreamedRow, StreamingShown
 from undercroft.training.compare import Row
 from undercroft.training.demonstration import Scale, TrainingShown
 from undercroft.units import MIB
 
 UNDERCROFT = Path(sys.executable).with_name("undercroft")
 TINY = ["--layers", "2", "--width", "64", "--sequence-length", "64", "--batch-size", "2", "--steps", "3"]
-TINY += ["--budget", "4MiB", "--min-bytes", "4KiB"]
+TINY += ["--budget", "4MiB", "--min-bytes", "4KiB", "--tokens", "4"]
 ROWS = (
     Row(name="plain", failure=None, peak_nbytes=8 * MIB, fraction=1.0, equal=True),
     Row(name="spilled", failure=None, peak_nbytes=2 * MIB, fraction=0.25, equal=True, spilled_nbytes=MIB),
@@ -41,7 +42,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProce
 
 def test_act_one_shows_three_runs_with_the_same_bits(shown: subprocess.CompletedProcess[str]) -> None:
     assert shown.returncode == 0, shown.stderr
-    (act,) = json.loads(shown.stdout)["acts"]
+    act, _ = json.loads(shown.stdout)["acts"]
     assert act["act"] == "training"
     assert [row["name"] for row in act["rows"]] == ["plain", "checkpointed", "spilled"]
     assert all(row["equal"] for row in act["rows"])
@@ -49,9 +50,20 @@ def test_act_one_shows_three_runs_with_the_same_bits(shown: subprocess.Completed
     assert act["parameters"] > 0
 
 
+def test_act_two_shows_the_same_model_streamed(shown: subprocess.CompletedProcess[str]) -> None:
+    _, act = json.loads(shown.stdout)["acts"]
+    assert act["act"] == "streaming"
+    assert [row["name"] for row in act["rows"]] == ["in memory", "LRU", "exact", "balanced", "fast"]
+    assert [row["same"] for row in act["rows"]][:3] == [True, True, True]
+    assert act["budget"] == act["experts_nbytes"] // 4
+    assert act["tokens"] == 8
+
+
 def test_progress_names_the_run_and_stays_on_stderr(shown: subprocess.CompletedProcess[str]) -> None:
     for name in ("plain", "checkpointed", "spilled"):
         assert f"{name} step 3/3 loss " in shown.stderr
+    for name in ("in memory", "LRU", "exact", "balanced", "fast"):
+        assert f"{name} step 8/8 tokens read" in shown.stderr
 
 
 def test_an_impossible_shape_is_told(tmp_path: Path) -> None:
@@ -73,3 +85,45 @@ def test_different_bits_or_a_failed_run_are_no_success() -> None:
     for bad in (replace(ROWS[1], equal=False), Row(name="spilled", failure="killed")):
         text = training_text(TrainingShown(parameters=1, scale=Scale(), rows=(ROWS[0], bad)))
         assert "This should not be" in text
+
+
+STREAMED = (
+    StreamedRow(name="in memory", tokens_per_second=50.0),
+    StreamedRow(name="exact", tokens_per_second=25.0, nbytes_per_token=MIB, hit_rate=0.5, low_mass=0.0),
+    StreamedRow(
+        name="fast",
+        tokens_per_second=40.0,
+        nbytes_per_token=MIB / 4,
+        hit_rate=0.75,
+        low_mass=0.1,
+        perplexity_change=0.012,
+        same=False,
+    ),
+)
+
+
+def streamed(rows: tuple[StreamedRow, ...]) -> StreamingShown:
+    return StreamingShown(
+        experts_nbytes=16 * MIB,
+        budget=4 * MIB,
+        tokens=8,
+        question="What is 1 plus 1?",
+        answer="#### 2",
+        rows=rows,
+    )
+
+
+def test_people_get_the_second_table_and_the_answer() -> None:
+    text = streaming_text(streamed(STREAMED))
+    assert "16 MiB" in text
+    assert "4 MiB" in text
+    assert text.endswith("  What is 1 plus 1?\nthey answer\n  #### 2")
+    table = streaming_table(STREAMED)
+    assert table in text
+    assert table.splitlines()[3].split() == ["fast", "40.0", "256", "KiB", "75%", "10.0%", "+1.20%", "no"]
+
+
+def test_streaming_that_is_not_exact_is_no_success() -> None:
+    shown = streamed((STREAMED[0], replace(STREAMED[1], same=False)))
+    assert not shown.held
+    assert "This should not be" in streaming_text(shown)

@@ -10,11 +10,18 @@ import transformers
 from tests.moe.families import fill
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from undercroft.moe.governor import Limits
+
 SMALL = {
     **{"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "max_position_embeddings": 256, "num_experts_per_tok": 4},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None},
 }
+ALWAYS = Limits(
+    **{"window": 1, "least_precise": 0.0, "least_useful": 0.0, "least_gain": -1e9},
+    **{"least_waiting": 0.0, "most_waiting": 1.0},
+)
+"""Predict as soon as anything was read, however the machine is feeling."""
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from undercroft.moe.simulate import simulate
 from undercroft.moe.trace import Trace
 
 EXPERT = 28 * 1024  # one of the small model's, with the blocks around it
+CONTEXT = 64 * 1024  # more than 64 tokens' keys and values
 
 
 @pytest.mark.parametrize("policy", ONLINE)
@@ -21,8 +22,10 @@ EXPERT = 28 * 1024  # one of the small model's, with the blocks around it
 def test_hits_and_bytes_are_those_of_the_simulation(
     checkpoint: Callable[..., Path], tmp_path: Path, policy: str, budget: int
 ) -> None:
-    model = load_moe(checkpoint(), budget, policy=policy)
+    model = load_moe(checkpoint(), budget + CONTEXT, policy=policy, context=64, prefetch=False)
     engine = engine_of(model)
+    assert budget <= engine.cache.budget < budget + CONTEXT
+    budget = engine.cache.budget
     engine.keep_journal()
     for seed in range(2):
         ids = prompt(length=20, seed=seed)

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.moe.conftest import mixtral, prompt, qwen, stock
+from tests.moe.conftest import ALWAYS, mixtral, prompt, qwen, stock
 
 from undercroft.errors import BudgetExceeded, CorruptRecord, InvalidInput, TransferFailed, UnsupportedModel
-from undercroft.moe.load import load_moe
+from undercroft.moe.governor import Governor
+from undercroft.moe.load import expert_report, load_moe
 
 EXPERT = 3 * 64 * 32 * 4  # bytes of one in float32; blocks around it add up to two of 4096
 BANK = 3 * 16 * (EXPERT + 8192)
@@ -37,7 +38,17 @@ def same(one: Any, other: Any, ids: torch.Tensor, tokens: int = 64) -> None:
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
 def test_bit_for_bit(checkpoint: Callable[..., Path], budget: int, readers: int, seed: int) -> None:
     folder = checkpoint(seed)
-    same(stock(folder), load_moe(folder, budget, readers=readers), prompt(seed=seed))
+    same(stock(folder), load_moe(folder, budget, readers=readers, prefetch=False), prompt(seed=seed))
+
+
+@pytest.mark.parametrize("readers", [1, 4])
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_bit_for_bit_with_predictions(checkpoint: Callable[..., Path], share: float, readers: int) -> None:
+    folder = checkpoint()
+    model = load_moe(folder, int(share * BANK), readers=readers, prefetch=Governor(ALWAYS))
+    same(stock(folder), model, prompt(), tokens=32)
+    report = expert_report(model)
+    assert report.predicted >= report.useful + report.wasted > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -46,7 +57,7 @@ def test_batches_beams_and_sampling(
     checkpoint: Callable[..., Path], make: Callable[[int], Any], dtype: torch.dtype
 ) -> None:
     folder = checkpoint(make=make)
-    one, other = stock(folder, dtype), load_moe(folder, BUDGETS["eighth"], dtype=dtype)
+    one, other = stock(folder, dtype), load_moe(folder, BUDGETS["eighth"] + 2**17, dtype=dtype)
     ids = prompt(rows=3)
     for options in ({}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}):
         found: list[torch.Tensor] = []

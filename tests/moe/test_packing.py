@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from undercroft import kernels
 from undercroft.errors import CorruptRecord, InvalidInput, UnsupportedModel
+from undercroft.moe.levels import factors, levels_of
 from undercroft.moe.manifest import PackedParameter
 from undercroft.moe.packing import ALIGNMENT, KINDS, arrange, blocks, parse_parts, view
 
@@ -58,7 +59,9 @@ def check(kind: str, tensor: torch.Tensor, part: Any, found: torch.Tensor) -> No
         matrix = tensor.t() if part.transposed else tensor
         assert str(part.content).startswith(kind)
         assert part.matrix == tuple(matrix.shape)
-        assert torch.equal(found, kernels.quantise(matrix, part.content))
+        levels = levels_of(matrix)
+        levelled = kernels.quantise(matrix.float() / factors(levels), part.content)
+        assert torch.equal(found, torch.cat([levelled, levels.view(torch.uint8)]))
     else:
         wanted = tensor.bfloat16() if kind == "bfloat16" else tensor
         assert found.dtype == wanted.dtype

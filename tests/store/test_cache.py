@@ -459,6 +459,61 @@ class TestForesight:
         assert [k for k, _ in first] == keys(2)
         assert [bytes_of(house.cache, k, lease) for k, lease in second] == [content(1, MIB)]
 
+    def test_what_is_recanted_is_not_read_unless_it_is_under_way(self, build: Build) -> None:
+        disk = WatchedDisk()
+        house = build([LARGE] * 4, 4 * LARGE // BLOCK, disk=disk, workers=1)
+        disk.hold(0)
+        assert house.cache.foresee(keys(0, 1, 2)) == keys(0, 1, 2)
+        disk.wait_for_read(0)
+        house.cache.recant(keys(0, 2, 3))
+        disk.let_go()
+        house.settle()
+        assert disk.offsets == [0, LARGE]
+        assert house.resident() == {0, 1}
+        assert house.count("cancelled_bytes") == LARGE
+        house.use(0, 1)
+        assert house.count("useful_bytes") == LARGE  # nobody was to ask for 0
+
+    def test_what_is_recanted_may_leave_and_is_read_with_its_neighbours(self, build: Build) -> None:
+        disk = WatchedDisk()
+        house = build([BLOCK] * 3, 2, disk=disk, workers=1)
+        disk.hold(0)
+        house.cache.foresee(keys(0, 1))  # neighbours, read with one call
+        disk.wait_for_read(0)
+        house.cache.recant(keys(0))
+        disk.let_go()
+        house.settle()
+        assert house.resident() == {0, 1}
+        assert house.cache.foresee(keys(2)) == keys(2)
+        house.settle()
+        assert house.resident() == {1, 2}
+
+    def test_what_somebody_asked_for_is_not_recanted(self, build: Build) -> None:
+        disk = WatchedDisk()
+        house = build([LARGE] * 2, 2 * LARGE // BLOCK, disk=disk, workers=1)
+        disk.hold(0)
+        house.cache.foresee(keys(0, 1))
+        disk.wait_for_read(0)
+        fetched = house.cache.fetch(keys(1))
+        house.cache.recant(keys(0, 1))
+        disk.let_go()
+        assert [k for k, _ in fetched] == keys(1)
+
+    def test_a_hint_spares_what_may_not_leave(self, build: Build) -> None:
+        house = build([BLOCK] * 4, 2)
+        house.use(0, 1)
+        assert house.cache.foresee(keys(2), may_leave=lambda each: each == key(1)) == keys(2)
+        house.settle()
+        assert house.resident() == {0, 2}
+        assert house.cache.foresee(keys(3), may_leave=lambda each: False) == []
+
+    def test_a_demand_takes_other_room_before_that_of_a_hint(self, build: Build) -> None:
+        house = build([BLOCK] * 4, 2)
+        house.cache.foresee(keys(0))
+        house.settle()
+        house.use(1, 2)
+        assert house.resident() == {0, 2}
+
     def test_what_was_foreseen_in_vain_is_counted_at_the_end(self, build: Build) -> None:
         house = build([BLOCK] * 2, 2)
         house.cache.foresee(keys(0, 1))
@@ -594,6 +649,50 @@ class TestFailures:
                 outcomes.append("failed")
         assert outcomes[0] == "failed"
         assert outcomes[1] in ("failed", [content(0)])  # the second may have come when the first had failed
+
+
+class TestResizing:
+    def test_those_it_has_no_room_for_leave_and_their_memory_with_them(self, build: Build) -> None:
+        house = build([BLOCK] * 6, 6)
+        house.use(0, 1, 2, 3, 4, 5)
+        house.cache.resize(2 * BLOCK)
+        assert house.resident() == {4, 5}
+        assert (house.cache.budget, house.slab.committed) == (2 * BLOCK, 2 * BLOCK)
+        house.use(0, 1, 2)
+        assert house.cache.held == 2 * BLOCK
+        house.cache.resize(6 * BLOCK)
+        house.use(0, 1, 2, 3, 4, 5)
+        assert house.resident() == {0, 1, 2, 3, 4, 5}
+
+    def test_one_in_use_stays_and_keeps_others_out(self, build: Build) -> None:
+        house = build([BLOCK] * 3, 3)
+        lease = house.take(0)
+        house.cache.resize(BLOCK)
+        assert house.resident() == {0}
+        with pytest.raises(BudgetExceeded):
+            house.take(1)
+        assert bytes_of(house.cache, key(0), lease) == content(0)
+        del lease
+        house.use(1)
+        assert house.resident() == {1}
+
+    def test_a_read_that_only_a_hint_wanted_is_cancelled(self, build: Build) -> None:
+        disk = WatchedDisk()
+        house = build([BLOCK] * 4, 4, disk=disk, workers=1)
+        disk.hold(0)
+        house.cache.foresee(keys(0, 2))
+        resized = threading.Thread(target=house.cache.resize, args=(BLOCK,))
+        resized.start()
+        disk.let_go()
+        resized.join(30)
+        assert house.cache.held <= BLOCK
+        assert house.slab.committed <= BLOCK
+
+    def test_a_closed_cache_is_not_resized(self, build: Build) -> None:
+        house = build([BLOCK], 1)
+        house.cache.close()
+        with pytest.raises(SpillMisuse):
+            house.cache.resize(BLOCK)
 
 
 class TestClosing:
@@ -767,6 +866,7 @@ class AgainstTheFile(RuleBasedStateMachine):
         path = write(Path(self.directory.name) / "file", *(blocks * BLOCK for blocks in SIZES))
         self.house = House(path, ROOM, policy=Lfu() if policy == "lfu" else None, slab_room=100)
         self.leases: list[tuple[int, Lease]] = []
+        self.room = ROOM
 
     def in_use(self) -> set[int]:
         return {number for number, _ in self.leases}
@@ -779,9 +879,9 @@ class AgainstTheFile(RuleBasedStateMachine):
             for k, lease in self.house.cache.fetch(keys(*wanted), priority=priority):
                 arrived.append((int(k.name.split(".")[1]), lease))
         except BudgetExceeded:
-            assert together > ROOM
+            assert together > self.room
         else:
-            assert together <= ROOM
+            assert together <= self.room or set(wanted) <= self.in_use()
             # In an order, and only if all came: what is drawn next must not depend on what arrived when.
             self.leases += sorted(arrived, key=lambda each: each[0])
 
@@ -797,7 +897,7 @@ class AgainstTheFile(RuleBasedStateMachine):
         except StopIteration:
             assert seen == set(wanted)
         except BudgetExceeded:
-            assert most > ROOM
+            assert most > self.room
 
     @rule(wanted=st.lists(st.integers(0, len(SIZES) - 1), max_size=3))
     def ask_and_turn_away(self, wanted: list[int]) -> None:
@@ -806,6 +906,12 @@ class AgainstTheFile(RuleBasedStateMachine):
     @rule(wanted=st.lists(st.integers(0, len(SIZES) - 1), max_size=5))
     def foresee(self, wanted: list[int]) -> None:
         self.house.cache.foresee(keys(*wanted))
+
+    @rule(room=st.integers(0, 12))
+    def resize(self, room: int) -> None:
+        self.room = room
+        self.house.cache.resize(room * BLOCK)
+        assert self.house.slab.committed <= max(room, sum(SIZES[n] for n in self.in_use())) * BLOCK
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -819,7 +925,7 @@ class AgainstTheFile(RuleBasedStateMachine):
 
     @invariant()
     def the_budget_holds_and_what_is_in_use_is_there(self) -> None:
-        assert self.house.cache.held <= ROOM * BLOCK
+        assert self.house.cache.held <= max(self.room, sum(SIZES[n] for n in self.in_use())) * BLOCK
         assert self.in_use() <= self.house.resident()
 
     def teardown(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -102,10 +103,30 @@ def _shape(text: str) -> tuple[int, int]:
 
 @bench.command()
 def moe(
-    trace: Annotated[Path, typer.Option("--simulate", help="CSV file of routed experts to replay.")],
-    budget: Annotated[list[str], typer.Option(help="Bytes, or a share of all experts; may be repeated.")] = [  # noqa: B006
-        *("6%", "12.5%", "25%", "50%")
-    ],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="With --trace: folder of a Mixture-of-Experts model, or its name on the hub."),
+    ] = None,
+    simulate: Annotated[
+        Path | None,
+        typer.Option("--simulate", help="CSV file of routed experts to replay.", show_default=False),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Instead, run MODEL and write its routed experts here.", show_default=False),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="With --trace: texts to go on from, one a line.", show_default="built in"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="With --trace: most tokens to write for each prompt.")] = 64,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Bytes, or to replay a share of all experts; may be repeated.",
+            show_default="6%, 12.5%, 25% and 50% to replay, 2GiB to record",
+        ),
+    ] = None,
     policy: Annotated[
         list[str] | None, typer.Option(help="Which expert leaves first; may be repeated.", show_default="all")
     ] = None,
@@ -120,19 +141,177 @@ def moe(
     as_json: AsJson = False,
     strict: Strict = False,
 ) -> None:
-    """Simulate which experts a budget keeps in memory, from a trace of their routing."""
-    from undercroft.bench.moe import MoeSettings, measure_moe
+    """Simulate which experts a budget keeps in memory, from a trace of their routing; or record such a trace."""
+    from undercroft.bench.moe import BUDGETS, MoeSettings, measure_moe
     from undercroft.moe.policies import ONLINE
 
+    if trace is not None and model is not None and simulate is None:
+        _record(model, trace, prompts, tokens, budget or ["2GiB"], quality, as_json=as_json)
+        return
+    if simulate is None or model is not None or trace is not None or prompts is not None:
+        raise typer.BadParameter("either --simulate TRACE.csv, or MODEL --trace OUT.csv [--prompts FILE]")
     settings = MoeSettings(
-        trace=trace,
-        budgets=tuple(budget),
+        trace=simulate,
+        budgets=tuple(budget or BUDGETS),
         policies=tuple(policy or ONLINE),
         quality=quality,
         expert_nbytes=None if expert_bytes is None else parse_size(expert_bytes),
         read_bytes_per_second=None if read_rate is None else parse_size(read_rate),
     )
     _tell([measure_moe(settings, _progress)], results, as_json=as_json, strict=strict)
+
+
+def _record(
+    model: str,
+    trace: Path,
+    prompts: Path | None,
+    tokens: int,
+    budget: list[str],
+    quality: str,
+    *,
+    as_json: bool,
+) -> None:
+    from undercroft.models.load import be_quiet
+    from undercroft.moe.recording import PROMPTS, read_prompts, record_trace
+
+    if tokens < 1 or len(budget) > 1:
+        raise typer.BadParameter("with --trace, --tokens is at least 1 and there is one --budget")
+    be_quiet()
+    texts = read_prompts(prompts) if prompts else PROMPTS
+    found = record_trace(
+        model,
+        trace,
+        prompts=texts,
+        tokens=tokens,
+        budget=budget[0],
+        quality=quality,
+        on_prompt=lambda done: _progress(f"prompt {done}/{len(texts)}"),
+    )
+    typer.echo(json.dumps(asdict(found), indent=2) if as_json else str(found))
+
+
+@bench.command()
+def quality(
+    windows: Annotated[int, typer.Option(help="Windows of text of each kind to read.")] = 4,
+    exercises: Annotated[int, typer.Option(help="Exercises of each skill; 0 for no examination.")] = 30,
+    results: Results = None,
+    as_json: AsJson = False,
+    strict: Strict = False,
+) -> None:
+    """Compare what the bundled model thinks and solves in each quality."""
+    from undercroft.bench.quality import measure_quality
+    from undercroft.bench.quality_runs import QualitySettings
+    from undercroft.models.load import be_quiet
+
+    be_quiet()
+    settings = QualitySettings(windows=windows, exercises=exercises)
+    _tell([measure_quality(settings, _progress)], results, as_json=as_json, strict=strict)
+
+
+@bench.command()
+def peers(
+    directory: Annotated[
+        Path, typer.Option("--model", help="Folder for the model's files, which stay; 25 GB by default.")
+    ],
+    python: Annotated[
+        Path | None, typer.Option(help="A Python that has llama-cpp-python or ik-llama-cpp-python, and gguf.")
+    ] = None,
+    limit: Annotated[
+        list[str], typer.Option(help='Memory, as a share of the experts\' bytes, or "none"; root.')
+    ] = [*("50%", "25%", "none")],  # noqa: B006
+    bits: Annotated[list[str], typer.Option(help="bf16 or int8; may be repeated.")] = ["bf16", "int8"],  # noqa: B006
+    reserve: Annotated[str, typer.Option(help="Bytes of a limit for our side's own needs.")] = "500MiB",
+    rounds: Rounds = 5,
+    tokens: Annotated[int, typer.Option(help="Tokens that each side decodes in a round.")] = 8,
+    threads: Annotated[int, typer.Option(help="Threads of each side.")] = 2,
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 4,
+    experts: Annotated[int, typer.Option(help="Experts of a layer.")] = 120,
+    hidden: Annotated[int, typer.Option(help="Width of the model.")] = 2048,
+    intermediate: Annotated[int, typer.Option(help="Width of an expert.")] = 768,
+    results: Results = None,
+    as_json: AsJson = False,
+    strict: Strict = False,
+) -> None:
+    """Compare decoding under a memory limit with accelerate and llama.cpp."""
+    from undercroft.bench.peers import PeersSettings, measure_peers
+    from undercroft.bench.peers_model import PeerShape
+
+    settings = PeersSettings(
+        directory=directory,
+        shape=PeerShape(layers=layers, experts=experts, hidden=hidden, intermediate=intermediate),
+        python=python,
+        limits=tuple(limit),
+        bits=tuple(bits),
+        reserve=parse_size(reserve),
+        rounds=rounds,
+        tokens=tokens,
+        threads=threads,
+    )
+    _tell([measure_peers(settings, _progress)], results, as_json=as_json, strict=strict)
+
+
+@bench.command()
+def overlap(
+    rounds: Rounds = 5,
+    attempts: Attempts = 2,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="CSV file of routed experts to follow.", show_default="a synthetic one"),
+    ] = None,
+    high: Annotated[
+        list[str], typer.Option(help="Precision of the experts: bfloat16, int8 or int4; may be repeated.")
+    ] = ["bfloat16", "int4"],  # noqa: B006
+    hidden: Annotated[int, typer.Option(help="Width of the activations.")] = 2048,
+    intermediate: Annotated[int, typer.Option(help="Width within an expert.")] = 768,
+    layers: Annotated[int, typer.Option(help="Most layers.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens in a pass.")] = 32,
+    size: Annotated[str, typer.Option(help="Most bytes of experts, on disk and in memory.")] = "2GiB",
+    policy: Annotated[str, typer.Option(help="Which expert leaves memory first.")] = "expected-use",
+    disk: Disk = None,
+    results: Results = None,
+    as_json: AsJson = False,
+    strict: Strict = False,
+) -> None:
+    """Compare streamed experts with their reads alone and their products alone."""
+    from undercroft import machine
+    from undercroft.bench.overlap import OverlapSettings, measure_overlap
+
+    settings = OverlapSettings(
+        directory=disk or machine.home(),
+        trace=trace,
+        kinds=tuple(high),
+        hidden=hidden,
+        intermediate=intermediate,
+        layers=layers,
+        tokens=tokens,
+        nbytes=parse_size(size),
+        policy=policy,
+        rounds=rounds,
+        attempts=attempts,
+    )
+    _tell([measure_overlap(settings, _progress)], results, as_json=as_json, strict=strict)
+
+
+@bench.command()
+def prefetch(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder of a Mixture-of-Experts model, or its name on the hub.", show_default="bundled"
+        ),
+    ] = None,
+    rounds: Rounds = 7,
+    tokens: Annotated[int, typer.Option(help="Tokens that are written in a sample.")] = 96,
+    share: Annotated[float, typer.Option(help="Share of all experts that may be in memory.")] = 0.3,
+    results: Results = None,
+    as_json: AsJson = False,
+    strict: Strict = False,
+) -> None:
+    """Compare reading experts ahead with reading them when they are wanted, from slower and slower disks."""
+    from undercroft.bench.prefetch import PrefetchSettings, measure_prefetch
+
+    settings = PrefetchSettings(model=model, share=share, tokens=tokens, rounds=rounds)
+    _tell([measure_prefetch(settings, _progress)], results, as_json=as_json, strict=strict)
 
 
 @bench.command()

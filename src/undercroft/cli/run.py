@@ -23,7 +23,7 @@ def run(
         str, typer.Argument(help="Folder of a Mixture-of-Experts model, or its name on the hub.")
     ],
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    budget: Annotated[str, typer.Option(help="Most bytes of experts to hold in memory.")] = "2GiB",
+    budget: Annotated[str, typer.Option(help="Most bytes of experts and KV cache in memory.")] = "2GiB",
     quality: Annotated[str, typer.Option(help="exact, balanced, fast or hobbit.")] = "exact",
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
     tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 256,
@@ -31,6 +31,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     policy: Annotated[str, typer.Option(help="Which expert leaves memory first.")] = "expected-use",
     readers: Annotated[int, typer.Option(help="Threads that read.")] = 4,
+    context: Annotated[int, typer.Option(help="Tokens whose KV cache is set aside at once.")] = 0,
 ) -> None:
     r"""Write text with a model whose experts stay on disk but for a budget: the same text, in less memory.
 
@@ -40,13 +41,14 @@ def run(
     """
     import torch
 
+    from undercroft.cli.progress import warnings_as_lines
     from undercroft.errors import InvalidInput
     from undercroft.models.generate import generate_text
     from undercroft.models.load import be_quiet, open_tokenizer
     from undercroft.moe.load import engine_of, load_moe
 
-    if tokens < 1 or temperature < 0:
-        raise typer.BadParameter("--tokens is at least 1 and --temperature at least 0")
+    if tokens < 1 or temperature < 0 or context < 0:
+        raise typer.BadParameter("--tokens is at least 1, --temperature and --context at least 0")
     be_quiet()
     tokenizer = open_tokenizer(model)
     ids = (
@@ -56,7 +58,8 @@ def run(
     )
     if not ids:
         raise InvalidInput("the prompt is empty; give the model something to go on from")
-    opened = load_moe(model, budget, quality, policy=policy, readers=readers)
+    with warnings_as_lines():
+        opened = load_moe(model, budget, quality, policy=policy, readers=readers, context=context)
     engine = engine_of(opened)
     torch.manual_seed(seed)
     with Screen(engine) as screen:

@@ -1,4 +1,4 @@
-"""A comparison as a table of plain text."""
+"""Comparisons as tables of plain text."""
 
 from __future__ import annotations
 
@@ -8,18 +8,28 @@ from typing import TYPE_CHECKING
 from undercroft.units import format_seconds, format_size
 
 if TYPE_CHECKING:
+    from undercroft.moe.demonstration import StreamedRow
     from undercroft.training.compare import Row
 
+_STREAMING_HEAD = ("", "tokens/s", "read per token", "hits", "served low", "perplexity", "same bits")
 _HEAD = ("", "peak memory", "of plain", "per step", "CPU", "same bits", "spilled", "stalled")
 
 
 def comparison_table(rows: Sequence[Row]) -> str:
     """One line a way of running; peak memory is above what the process holds between steps."""
-    cells = [_HEAD, *(_cells(row) for row in rows if row.failure is None)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEAD))]
-    lines = ["  ".join(_padded(line, widths)).rstrip() for line in cells]
+    lines = _aligned([_HEAD, *(_cells(row) for row in rows if row.failure is None)])
     lines += [f"{row.name} gave no result: {row.failure}" for row in rows if row.failure is not None]
     return "\n".join(lines)
+
+
+def streaming_table(rows: Sequence[StreamedRow]) -> str:
+    """One line a way of holding experts; perplexity is what changed against all of them in memory."""
+    return "\n".join(_aligned([_STREAMING_HEAD, *map(_streaming_cells, rows)]))
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(_padded(line, widths)).rstrip() for line in cells]
 
 
 def _padded(line: Sequence[str], widths: Sequence[int]) -> list[str]:
@@ -38,4 +48,16 @@ def _cells(row: Row) -> tuple[str, ...]:
         {None: "", True: "yes", False: "NO"}[row.equal],
         "" if row.spilled_nbytes is None else format_size(row.spilled_nbytes),
         "" if row.stall_fraction is None else f"{row.stall_fraction:.1%}",
+    )
+
+
+def _streaming_cells(row: StreamedRow) -> tuple[str, ...]:
+    return (
+        row.name,
+        f"{row.tokens_per_second:.1f}",
+        "" if row.nbytes_per_token is None else format_size(row.nbytes_per_token),
+        "" if row.hit_rate is None else f"{row.hit_rate:.0%}",
+        "" if row.low_mass is None else f"{row.low_mass:.1%}",
+        f"{row.perplexity_change:+.2%}" if row.perplexity_change else "",
+        "yes" if row.same else "no",
     )

@@ -8,6 +8,7 @@ weights are read.
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def locate(source: str | Path) -> str:
     Raises:
         InvalidInput: neither a folder that exists nor a possible name.
         UnsupportedModel: a folder without a configuration, or with pickled weights only.
+        TransferFailed: a name whose files were never fetched, and no network.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -45,7 +47,22 @@ def locate(source: str | Path) -> str:
             f"there is no folder {path}; name one that holds config.json and *.safetensors, "
             "or a model on the Hugging Face hub, such as HuggingFaceTB/SmolLM2-135M"
         )
+    _check_reachable(text)
     return text
+
+
+@cache
+def _check_reachable(name: str) -> None:
+    """Say at once what the libraries would say of each file after five attempts."""
+    hub: Any = huggingface_hub
+    if hub.try_to_load_from_cache(name, "config.json") is not None or hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        hub.HfApi().model_info(name, timeout=10)
+    except hub.errors.HfHubHTTPError:
+        return  # it answers: what it has to say comes with the first file
+    except Exception as error:
+        raise explain(name, OSError(f"{error}.")) from error
 
 
 def _check_folder(path: Path) -> None:

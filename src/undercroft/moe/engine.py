@@ -19,6 +19,7 @@ from torch import Tensor
 
 from undercroft.errors import BudgetExceeded
 from undercroft.events import Recorder
+from undercroft.moe.hints import Hints
 from undercroft.moe.importance import Use, weigh
 from undercroft.moe.journal import Journal
 from undercroft.moe.layered import ExpertPolicy
@@ -61,7 +62,7 @@ class ExpertReport:
     """What the experts of a model cost so far.
 
     Attributes:
-        hits: experts that were in memory when they were wanted.
+        hits: experts that were in memory, or on their way there, when they were wanted.
         misses: experts that were not.
         read_nbytes: bytes read for them.
         evictions: copies that left to make room.
@@ -70,6 +71,9 @@ class ExpertReport:
         waited_seconds: time that forwards stood still for reads.
         low_mass: share of the gate mass served by low copies, 0 to 1.
         skip_mass: share left out.
+        predicted: bytes of experts that were begun to be read ahead.
+        useful: bytes of these that were wanted by the forward they were read for.
+        wasted: bytes of these that were read, and were not.
     """
 
     hits: int
@@ -81,6 +85,9 @@ class ExpertReport:
     waited_seconds: float
     low_mass: float
     skip_mass: float
+    predicted: int = 0
+    useful: int = 0
+    wasted: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -98,6 +105,9 @@ class Engine:
         quality: what may be given up.
         policy: which leaves first; the cache's own.
         recorder: the cache's own.
+
+    Attributes:
+        is_exact: no expert is ever served by less than its full copy.
 
     Raises:
         BudgetExceeded: the cache has no room for one expert.
@@ -119,7 +129,8 @@ class Engine:
         self._journal: Journal | None = None
         self._policy = policy
         self._order = ServingOrder(stock, quality, policy)
-        self._exact = not quality.degrades
+        self.is_exact = not quality.degrades
+        self._hints = Hints(stock, cache, policy, recorder)
         largest = max((*stock.high_nbytes, *stock.low_nbytes))
         if cache.budget < largest:
             raise BudgetExceeded(largest, cache.budget, least=largest)
@@ -137,6 +148,7 @@ class Engine:
             waited_seconds=self.waited_seconds,
             low_mass=account.low_mass / account.mass if account.mass else 0.0,
             skip_mass=account.skip_mass / account.mass if account.mass else 0.0,
+            **self._hints.tally._asdict(),
         )
 
     def keep_journal(self) -> None:
@@ -168,7 +180,25 @@ class Engine:
             self._journal.note(layer.number, experts, weights.float().numpy())
         uses = self._uses(layer, experts, weights)
         choices = self._order.step(layer.number, uses, len(experts), self.cache.__contains__)
+        self._hints.turn_to(layer.number, {choice.key for choice in choices})
         return LayerService(self, layer, choices)
+
+    def foresee(self, layer: int, experts: Sequence[int], chance: float = 1.0) -> int:
+        """Begin to read what a later layer of this forward will probably want, behind all that is wanted now.
+
+        Room is taken from experts only that the policy gives up first, that no layer up to this one may want, and
+        that are less likely to be wanted. So much is left that no demand of as many experts as the last one had lacks
+        room for it. Where what is in memory decides which copy serves, nothing is read: results would depend on time.
+
+        Args:
+            layer: behind the one that is served now.
+            experts: the likeliest first.
+            chance: that they will be wanted, 0 to 1; the least of theirs.
+
+        Returns:
+            How many reads began.
+        """
+        return self._hints.foresee(layer, experts, chance) if self.is_exact else 0
 
     def open(self, layer: ServedLayer, key: Key, lease: Lease) -> Mapping[str, Tensor]:
         """An expert's parameters as the model takes them, over a lease that holds it."""
@@ -176,7 +206,7 @@ class Engine:
         return {name: _taken(each, layer.dtypes[name]) for name, each in found.items()}
 
     def _uses(self, layer: ServedLayer, experts: NDArray[np.int64], weights: Tensor) -> list[Use]:
-        if not self._exact:
+        if not self.is_exact:
             return weigh(experts, weights.float().numpy())
         if len(experts) == 1:
             return [

@@ -24,7 +24,7 @@ from undercroft.models.checkpoint import Checkpoint, Version
 from undercroft.models.recipe import Array, Recipe, Stored, assemble, is_plain, leaves
 from undercroft.moe.bank import Layer
 from undercroft.moe.stock import Stock
-from undercroft.store.disk import DiskFile, open_file
+from undercroft.store.disk import DiskFile, Syscalls, open_file
 from undercroft.store.ranges import BLOCK, round_up
 from undercroft.store.record import Key, Record
 from undercroft.store.records import RecordSource
@@ -84,6 +84,7 @@ class IndexedExperts:
     Args:
         checkpoint: whose files they lie in; they are opened again, past the page cache.
         layers: what they are made of.
+        syscalls: the seam for doubles.
 
     Attributes:
         files: itself, for a cache.
@@ -94,7 +95,9 @@ class IndexedExperts:
         UnsupportedModel: experts cannot be told apart, see `recipe.item`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layers: Sequence[Layer]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, layers: Sequence[Layer], *, syscalls: Syscalls | None = None
+    ) -> None:
         self.path = checkpoint.paths[0].parent
         self.files: list[RecordSource] = [self]
         self.layers = layers
@@ -102,7 +105,7 @@ class IndexedExperts:
         self._files: list[DiskFile] = []
         try:
             for path in checkpoint.paths:
-                self._files.append(_open(path))
+                self._files.append(_open(path, syscalls))
             self._check_unchanged()
             self._experts = {
                 expert.record.key: expert for layer in layers for expert in self._locate_all(layer)
@@ -270,8 +273,8 @@ def _view(
     return torch.empty(0, dtype=dtype).set_(storage, place // dtype.itemsize, shape, strides)  # pyright: ignore
 
 
-def _open(path: Path) -> DiskFile:
+def _open(path: Path, syscalls: Syscalls | None) -> DiskFile:
     try:
-        return open_file(str(path), os.O_RDONLY, name=str(path))
+        return open_file(str(path), os.O_RDONLY, name=str(path), syscalls=syscalls)
     except OSError as error:
         raise TransferFailed(f"{path} cannot be read: {error.strerror}", errno=error.errno) from error

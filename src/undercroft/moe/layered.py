@@ -51,6 +51,10 @@ class ExpertPolicy(EvictionPolicy[Key], Protocol):
         """
         ...
 
+    def chance(self, layer: int, expert: int) -> float:
+        """The chance that a token wants an expert, 0 to 1, as far as it knows; 0 where it does not."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """What it has learned, as JSON can hold it; not what is in memory."""
         ...
@@ -75,6 +79,10 @@ class Heedless:
 
     def touch(self, key: Key) -> None:
         """See `EvictionPolicy`."""
+
+    def chance(self, layer: int, expert: int) -> float:
+        """See `ExpertPolicy`."""
+        return 0.0
 
     def state(self) -> dict[str, Any]:
         """See `ExpertPolicy`."""

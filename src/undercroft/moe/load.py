@@ -6,11 +6,13 @@ transformers' eager forward computes, with every weight from the checkpoint.
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -20,7 +22,11 @@ from undercroft.events import Recorder
 from undercroft.models.checkpoint import Checkpoint, StoredTensor
 from undercroft.models.source import download, locate, read_config
 from undercroft.models.tracing import Lazy, load
+from undercroft.moe.copies import check_served
 from undercroft.moe.engine import Engine, ExpertReport, ServedLayer
+from undercroft.moe.foresight import look_ahead
+from undercroft.moe.governor import Governor
+from undercroft.moe.headroom import Headroom, advice, row_nbytes, token_nbytes
 from undercroft.moe.indexed import IndexedExperts
 from undercroft.moe.model import adopt
 from undercroft.moe.packed import PackedExperts, is_packed, open_packed
@@ -29,13 +35,15 @@ from undercroft.moe.quality import Quality
 from undercroft.moe.stock import Stock
 from undercroft.moe.streamed import IMPLEMENTATION, attach
 from undercroft.moe.survey import survey
+from undercroft.moe.trunk import quantise_trunk
+from undercroft.store.budget import Budget
 from undercroft.store.cache import RecordCache
-from undercroft.store.ranges import BLOCK
+from undercroft.store.disk import Syscalls
+from undercroft.store.ranges import BLOCK, round_up
 from undercroft.store.slab import HUGE_PAGE, Slab
 from undercroft.store.transfer import TransferQueue
 from undercroft.units import parse_size
 
-_QUANTISED = ("int8", "int4", "int2")
 _ENGINE = "_undercroft_engine"
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
 
@@ -48,48 +56,62 @@ def load_moe(
     dtype: torch.dtype | None = None,
     policy: str = "expected-use",
     readers: int = 4,
+    context: int = 0,
+    prefetch: bool | Governor = True,
+    syscalls: Syscalls | None = None,
 ) -> PreTrainedModel:
-    """A causal language model of transformers whose experts stay on disk but for `budget` bytes of them.
+    """A causal language model of transformers whose experts stay on disk but for as many as a budget holds.
+
+    Experts, the KV cache and what experts compute with in a prefill share the budget: as a text grows, fewer experts
+    stay. Warns of a budget that is less than one token uses.
 
     Args:
         source: a folder that holds config.json and *.safetensors, one that `pack` wrote, or a name on the hub.
-        budget: the most bytes of experts to hold in memory.
+        budget: bytes for all of that; what else a model is made of comes on top.
         quality: what may be given up, by name or in full; see `Quality`.
         dtype: of the model; what the checkpoint's configuration says if None.
         policy: which experts leave first; see `make_policy`.
         readers: threads that read.
+        context: tokens whose KV cache is set aside at once, so that experts do not leave for them later.
+        prefetch: whether experts may be read before they are wanted, while that pays; a governor says when that is.
+            Nothing is where `quality` degrades: what is in memory decides there what serves, so results would depend
+            on time.
+        syscalls: through which experts are read: the seam for doubles, such as a slow disk.
 
     Raises:
         InvalidInput, UnsupportedModel, TransferFailed: see `locate` and `read_config`.
         UnsupportedModel: the model has no experts, or its family's code does not let them be streamed.
         CorruptRecord: a file contradicts itself.
-        BudgetExceeded: the budget does not hold one expert.
+        BudgetExceeded: the budget does not hold one expert, or, from a forward, none beside the KV cache.
     """
     wanted = quality if isinstance(quality, Quality) else Quality.preset(quality)
     place = locate(source)
     config = read_config(place)
-    folder = download(place)
-    checkpoint = Checkpoint(folder)
     kind = dtype or getattr(config, "dtype", None) or torch.float32
-    experts: IndexedExperts | PackedExperts
-    if is_packed(folder):
-        experts = open_packed(folder)
-        absent, files = experts.tensors, [file for file in folder.iterdir() if file.is_file()]
-    else:
-        found = survey(config, checkpoint, kind)
-        experts = IndexedExperts(checkpoint, found.layers)
-        absent, files = {name: checkpoint[name] for name in found.tensors()}, checkpoint.files
-    stock = experts.stock(_used(config))
-    _check_served(wanted, stock)
-    model = _dense(config, checkpoint, absent, kind)
-    engine, close = _engine(experts, stock, parse_size(budget), wanted, policy, readers)
-    for layer in experts.layers:
-        module = model.get_submodule(layer.module)
-        attach(module, partial(engine.serve, _served(layer.number, layer.experts, module)))
-    model.register_forward_pre_hook(partial(_tell, engine), with_kwargs=True)
-    setattr(model, _ENGINE, engine)
-    weakref.finalize(model, close, checkpoint)
-    adopt(model, files)
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(Checkpoint(download(place)))
+        found = _found(checkpoint, config, kind, syscalls)
+        opened.callback(found.experts.close)
+        stock = found.experts.stock(_used(config))
+        check_served(wanted, stock)
+        model = _dense(config, checkpoint, found.absent, kind)
+        if wanted.dense == "int8":
+            quantise_trunk(model, experts=stock.experts)
+        shared = Budget(host=_whole_pages(parse_size(budget)))
+        engine = _engine(found.experts, stock, parse_size(budget), shared, wanted, policy, readers, opened)
+        headroom = Headroom(
+            shared,
+            engine.cache,
+            least=max((*stock.high_nbytes, *stock.low_nbytes)),
+            token_nbytes=token_nbytes(config, kind),
+            row_nbytes=row_nbytes(_shapes(model, found.experts), kind),
+            context=context,
+        )
+        _wire(model, found.experts, engine, headroom, prefetch)
+        if (said := advice(engine.cache.budget, stock.used * sum(stock.high_nbytes))) is not None:
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
+        weakref.finalize(model, opened.pop_all().close)
+    adopt(model, found.files)
     return model.requires_grad_(False).eval()
 
 
@@ -114,6 +136,44 @@ def engine_of(model: PreTrainedModel) -> Engine:
     return engine
 
 
+class _Found(NamedTuple):
+    """The experts of a folder, the tensors that are theirs and not the model's, and the files to copy."""
+
+    experts: IndexedExperts | PackedExperts
+    absent: Mapping[str, StoredTensor]
+    files: Sequence[Path]
+
+
+def _found(
+    checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype, syscalls: Syscalls | None
+) -> _Found:
+    folder = checkpoint.paths[0].parent
+    if is_packed(folder):
+        experts = open_packed(folder, syscalls=syscalls)
+        return _Found(experts, experts.tensors, [file for file in folder.iterdir() if file.is_file()])
+    surveyed = survey(config, checkpoint, dtype)
+    absent = {name: checkpoint[name] for name in surveyed.tensors()}
+    return _Found(IndexedExperts(checkpoint, surveyed.layers, syscalls=syscalls), absent, checkpoint.files)
+
+
+def _wire(
+    model: PreTrainedModel,
+    experts: IndexedExperts | PackedExperts,
+    engine: Engine,
+    headroom: Headroom,
+    prefetch: bool | Governor,
+) -> None:
+    """Let the model's forwards ask the engine."""
+    for layer in experts.layers:
+        module = model.get_submodule(layer.module)
+        attach(module, partial(engine.serve, _served(layer.number, layer.experts, module)))
+    if prefetch and engine.is_exact:
+        governor = prefetch if isinstance(prefetch, Governor) else Governor()
+        look_ahead(model, engine, {layer.number: layer.module for layer in experts.layers}, governor)
+    model.register_forward_pre_hook(partial(_tell, engine, headroom), with_kwargs=True)
+    setattr(model, _ENGINE, engine)
+
+
 def _used(config: PreTrainedConfig) -> int:
     """How many experts a token uses; a guess of 1 if the configuration has its own word for it."""
     text = config.get_text_config()
@@ -121,32 +181,18 @@ def _used(config: PreTrainedConfig) -> int:
     return next((number for number in found if isinstance(number, int) and number > 0), 1)
 
 
-def _tell(engine: Engine, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell the engine where a sequence begins, and what is prefill."""
+def _tell(
+    engine: Engine, headroom: Headroom, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Tell the engine where a sequence begins, and what is prefill; make room for its keys and values."""
     past = kwargs.get("past_key_values")
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
-    is_first = past is None or past.get_seq_length() == 0
-    engine.turn_to(is_first=is_first, is_prefill=is_first or tokens is None or tokens.shape[1] > 1)
-
-
-def _check_served(quality: Quality, stock: Stock) -> None:
-    """See that the copies are there that a quality would serve.
-
-    Raises:
-        InvalidInput: they are not.
-    """
-    if quality.degrades and quality.low and stock.low is None:
-        raise InvalidInput(
-            "this quality serves experts in low precision too, and here they have no such copies; "
-            "write them first (undercroft pack SRC DST), and name what it wrote"
-        )
-    if quality.is_exact and stock.high in _QUANTISED:
-        raise InvalidInput(
-            f"these experts were packed as {stock.high}, so nothing exact can be served; choose another quality, "
-            "or pack with --high keep"
-        )
+    rows, added = tokens.shape[:2] if tokens is not None else (1, 1)
+    before = 0 if past is None else int(past.get_seq_length())
+    headroom.make_room(past, before, rows, added)
+    engine.turn_to(is_first=before == 0, is_prefill=before == 0 or tokens is None or added > 1)
 
 
 def _served(number: int, experts: int, module: Any) -> ServedLayer:
@@ -175,21 +221,37 @@ def _engine(
     experts: IndexedExperts | PackedExperts,
     stock: Stock,
     budget: int,
+    shared: Budget,
     quality: Quality,
     policy: str,
     readers: int,
-) -> tuple[Engine, Callable[[Checkpoint], None]]:
+    opened: ExitStack,
+) -> Engine:
     leaving = make_policy(policy, stock)
-    slab = Slab(budget, page=HUGE_PAGE if budget >= 64 * HUGE_PAGE else BLOCK)
+    slab = Slab(budget, budget=shared, holder="experts", page=_page(budget))
+    opened.callback(slab.close)
     queue = TransferQueue(workers=readers + 1)
+    opened.callback(queue.close)
     recorder = Recorder(enabled=False)
     cache = RecordCache(experts.files, budget, slab, queue, policy=leaving, recorder=recorder)
+    opened.callback(cache.close)
+    return Engine(experts, stock, cache, quality, leaving, recorder)
 
-    def close(checkpoint: Checkpoint) -> None:
-        cache.close()
-        queue.close()
-        slab.close()
-        experts.close()
-        checkpoint.close()
 
-    return Engine(experts, stock, cache, quality, leaving, recorder), close
+def _page(budget: int) -> int:
+    return HUGE_PAGE if budget >= 64 * HUGE_PAGE else BLOCK
+
+
+def _whole_pages(budget: int) -> int:
+    return round_up(budget, _page(budget))
+
+
+def _shapes(
+    model: PreTrainedModel, experts: IndexedExperts | PackedExperts
+) -> list[dict[str, tuple[int, ...]]]:
+    """Of one expert's parameters in the model, by layer."""
+    modules = [model.get_submodule(layer.module) for layer in experts.layers]
+    return [
+        {name: tuple(weight.shape[1:]) for name, weight in module.named_parameters(recurse=False)}
+        for module in modules
+    ]

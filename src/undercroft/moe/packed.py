@@ -16,13 +16,15 @@ import xxhash
 from torch import Tensor
 
 from undercroft.errors import CorruptRecord
-from undercroft.kernels.format import Format
+from undercroft.kernels.format import Format, packed_nbytes
 from undercroft.kernels.quantise import dequantise
 from undercroft.models.checkpoint import StoredTensor
 from undercroft.moe.dense import digest_of
+from undercroft.moe.levels import factors
 from undercroft.moe.manifest import DENSE, FILE, Manifest, PackedLayer, read_whole, records_file
 from undercroft.moe.packing import Part, parse_parts, view
 from undercroft.moe.stock import Stock
+from undercroft.store.disk import Syscalls
 from undercroft.store.index import index_path
 from undercroft.store.record import Key, Record
 from undercroft.store.records import RecordFile, Verify
@@ -42,6 +44,7 @@ class PackedMatrix:
         rows: outputs.
         columns: inputs.
         transposed: the parameter of the model is [columns, rows].
+        inputs: float32 [columns], what inputs are multiplied by first; None for nothing.
     """
 
     packed: Tensor
@@ -49,10 +52,12 @@ class PackedMatrix:
     rows: int
     columns: int
     transposed: bool
+    inputs: Tensor | None = None
 
     def tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The parameter that the bytes stand for, in the model's shape."""
-        matrix = dequantise(self.packed, self.format, self.rows, self.columns, dtype)
+        matrix = dequantise(self.packed, self.format, self.rows, self.columns)
+        matrix = (matrix if self.inputs is None else matrix * self.inputs).to(dtype)
         return matrix.t() if self.transposed else matrix
 
 
@@ -131,13 +136,16 @@ def is_packed(folder: str | Path) -> bool:
     return (Path(folder) / FILE).is_file()
 
 
-def open_packed(folder: str | Path, *, verify: Verify = "once") -> PackedExperts:
+def open_packed(
+    folder: str | Path, *, verify: Verify = "once", syscalls: Syscalls | None = None
+) -> PackedExperts:
     """Open the experts of a folder that `pack` wrote.
 
     Args:
         folder: the folder.
         verify: compare the checksums of experts at their first read, at every one, or never. Unless never, that of
             all other weights is compared now, which reads them.
+        syscalls: the seam for doubles.
 
     Raises:
         InvalidInput: there is no packed model, or no such `verify`.
@@ -154,7 +162,7 @@ def open_packed(folder: str | Path, *, verify: Verify = "once") -> PackedExperts
     files: list[RecordFile] = []
     try:
         for number, digest in enumerate(manifest.indexes):
-            files.append(_open_records(place / records_file(number), digest, verify))
+            files.append(_open_records(place / records_file(number), digest, verify, syscalls))
         return PackedExperts(place, manifest, files)
     except BaseException:
         for file in files:
@@ -162,12 +170,12 @@ def open_packed(folder: str | Path, *, verify: Verify = "once") -> PackedExperts
         raise
 
 
-def _open_records(path: Path, digest: str, verify: Verify) -> RecordFile:
+def _open_records(path: Path, digest: str, verify: Verify, syscalls: Syscalls | None) -> RecordFile:
     if not index_path(path).exists():
         raise CorruptRecord(f"{index_path(path)} is missing; pack the model again")
     if xxhash.xxh3_64_hexdigest(read_whole(index_path(path))) != digest:
         raise CorruptRecord(f"{index_path(path)} was changed after it was written; pack the model again")
-    return RecordFile.open(path, verify=verify)
+    return RecordFile.open(path, verify=verify, syscalls=syscalls)
 
 
 def _all_parts(layer: PackedLayer, file: RecordFile, kind: str) -> dict[Key, tuple[Part, ...]]:
@@ -189,5 +197,8 @@ def _all_parts(layer: PackedLayer, file: RecordFile, kind: str) -> dict[Key, tup
 
 def _usable(part: Part, content: Tensor) -> Tensor | PackedMatrix:
     if isinstance(part.content, Format):
-        return PackedMatrix(content, part.content, *part.matrix, part.transposed)
+        nbytes = packed_nbytes(part.content, *part.matrix)
+        levels = content[nbytes:].view(torch.int8)
+        inputs = factors(levels) if part.levelled and bool(levels.any()) else None
+        return PackedMatrix(content[:nbytes], part.content, *part.matrix, part.transposed, inputs)
     return content

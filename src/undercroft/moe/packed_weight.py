@@ -49,7 +49,8 @@ class PackedWeight(torch.Tensor):
 
 def multiply(x: Tensor, matrix: PackedMatrix) -> Tensor:
     """``x @ matrix.t()`` in the dtype of `x`: (…, columns) to (…, rows)."""
-    taken = x if x.dtype in _TAKEN else x.float()
+    scaled = x if matrix.inputs is None else x * matrix.inputs
+    taken = scaled if scaled.dtype in _TAKEN else scaled.float()
     rows = taken.reshape(-1, matrix.columns)
     product = kernels.linear(rows, matrix.packed, matrix.format, matrix.rows)
     return product.view(*x.shape[:-1], matrix.rows).to(x.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor
 from undercroft.errors import CorruptRecord, InvalidInput, UnsupportedModel
 from undercroft.kernels.format import GROUPS, Format, packed_nbytes
 from undercroft.kernels.quantise import quantise
+from undercroft.moe.levels import factors, levels_of
 from undercroft.store.ranges import round_up
 from undercroft.store.record import DTYPES
 
@@ -57,6 +58,7 @@ class Part:
         shape: of the parameter in the model.
         content: the dtype of its elements, or the format in which it is quantised.
         transposed: the quantised matrix is the parameter's transpose, so that its columns are the inputs.
+        levelled: after the quantised matrix come its columns' `levels`, int8 [columns].
     """
 
     name: str
@@ -64,6 +66,7 @@ class Part:
     shape: tuple[int, ...]
     content: torch.dtype | Format
     transposed: bool = False
+    levelled: bool = False
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -75,7 +78,7 @@ class Part:
     def nbytes(self) -> int:
         """Bytes it takes."""
         if isinstance(self.content, Format):
-            return packed_nbytes(self.content, *self.matrix)
+            return packed_nbytes(self.content, *self.matrix) + self.levelled * self.matrix[1]
         return math.prod(self.shape) * self.content.itemsize
 
     def entry(self) -> dict[str, Any]:
@@ -87,6 +90,7 @@ class Part:
                 "bits": self.content.bits,
                 "group": self.content.group,
                 "transposed": self.transposed,
+                "levelled": self.levelled,
             }
         return {**where, "dtype": _NAMES[self.content]}
 
@@ -107,12 +111,17 @@ def arrange(parameters: Iterable[Described], kind: str, group: int, *, transpose
     end = 0
     for each in parameters:
         content = _content(each, kind, group, transposed)
-        turned = transposed and isinstance(content, Format)
-        offset = round_up(end, ALIGNMENT)
-        parts.append(
-            Part(name=each.name, offset=offset, shape=each.shape, content=content, transposed=turned)
+        quantised = isinstance(content, Format)
+        part = Part(
+            name=each.name,
+            offset=round_up(end, ALIGNMENT),
+            shape=each.shape,
+            content=content,
+            transposed=transposed and quantised,
+            levelled=quantised,
         )
-        end = offset + parts[-1].nbytes
+        parts.append(part)
+        end = part.offset + part.nbytes
     return tuple(parts)
 
 
@@ -164,10 +173,19 @@ def _parse(entry: Any, shapes: Mapping[str, tuple[int, ...]]) -> Part:
     if "dtype" in entry:
         return Part(name=name, offset=offset, shape=shapes[name], content=DTYPES[entry["dtype"]])
     bits, group, transposed = entry["bits"], entry["group"], entry["transposed"]
-    if not (type(bits) is type(group) is int and type(transposed) is bool and len(shape) == 2):
+    levelled = entry.get("levelled", False)
+    flags = type(transposed) is type(levelled) is bool
+    if not (type(bits) is type(group) is int and flags and len(shape) == 2):
         raise ValueError(f"{name!r} of {shape!r} cannot be a packed matrix")
     content = Format(bits, group)
-    return Part(name=name, offset=offset, shape=shapes[name], content=content, transposed=transposed)
+    return Part(
+        name=name,
+        offset=offset,
+        shape=shapes[name],
+        content=content,
+        transposed=transposed,
+        levelled=levelled,
+    )
 
 
 def _content(parameter: Described, kind: str, group: int, transposed: bool) -> torch.dtype | Format:
@@ -190,14 +208,18 @@ def _content(parameter: Described, kind: str, group: int, transposed: bool) -> t
 def _converted(part: Part, parameter: Tensor) -> Tensor:
     if not isinstance(part.content, Format):
         return parameter.to(part.content).contiguous()
+    matrix = parameter.t() if part.transposed else parameter
+    levels = levels_of(matrix) if part.levelled else None
     try:
-        return quantise(parameter.t() if part.transposed else parameter, part.content)
+        if levels is None:
+            return quantise(matrix, part.content)
+        return torch.cat([quantise(matrix.float() / factors(levels), part.content), levels.view(torch.uint8)])
     except InvalidInput as error:
         raise InvalidInput(f"{part.name}: {error}") from error
 
 
 def view(part: Part, content: Tensor) -> Tensor:
-    """A part's bytes as they are to be used: in its dtype and shape, or packed, uint8 [nbytes].
+    """A part's bytes as they are to be used: in its dtype and shape, or packed and levels, uint8 [nbytes].
 
     Args:
         part: which.

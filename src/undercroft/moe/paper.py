@@ -40,6 +40,11 @@ class PaperSlab:
         self._collect()
         return self.capacity - self._ranges.free
 
+    @property
+    def committed(self) -> int:
+        """None: it is of paper."""
+        return 0
+
     def lease(self, nbytes: int) -> Lease | None:
         """Room for `nbytes`, or None where there is none in one piece."""
         self._collect()

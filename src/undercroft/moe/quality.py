@@ -38,7 +38,7 @@ class Quality:
     Attributes:
         low: the share of all gate mass that may be served by low copies, 0 to 1.
         skip: the share that may be left out, 0 to 1.
-        high: the precision of the full copies; "keep" is that of the checkpoint.
+        high: the least precision of the full copies; "keep" is that of the checkpoint.
         low_precision: that of the low copies; None means there are none.
         dense: the precision of all other weights.
         thresholds: the scores up to which an expert is HIGH and LOW (`importance.classify`), for every token
@@ -84,8 +84,9 @@ class Quality:
         """A quality by name.
 
         Args:
-            name: "exact" gives up nothing; "balanced" serves at most 5 % of the gate mass low; "fast" 15 %, leaves
-                out 1 % and keeps the rest in int8; "hobbit" has the thresholds .6 and .9 of the paper, and no bound.
+            name: "exact" gives up nothing; "balanced" has experts in int8, at most 5 % of the gate mass in int4, and
+                all other weights in int8; "fast" has them in int4, at most 10 % in int2; "hobbit" has the thresholds .6
+                and .9 of the paper, and no bound.
 
         Raises:
             InvalidInput: no such name.
@@ -97,8 +98,8 @@ class Quality:
 
 _PRESETS = {
     "exact": Quality(low=0.0, low_precision=None),
-    "balanced": Quality(low=0.05),
-    "fast": Quality(low=0.15, skip=0.01, high="int8", dense="int8"),
+    "balanced": Quality(low=0.05, high="int8", dense="int8"),
+    "fast": Quality(low=0.10, high="int4", low_precision="int2", dense="int8"),
     "hobbit": Quality(low=1.0, skip=1.0, thresholds=(0.6, 0.9)),
 }
 

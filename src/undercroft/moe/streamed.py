@@ -75,6 +75,11 @@ def attach(module: torch.nn.Module, serve: Serve) -> None:
     setattr(module, _ATTRIBUTE, serve)
 
 
+def attached(module: torch.nn.Module) -> Serve:
+    """Through what a module finds its experts."""
+    return getattr(module, _ATTRIBUTE)
+
+
 def own_forward(module: torch.nn.Module) -> Callable[..., Tensor] | None:
     """The forward that a decorated experts class brings itself; None if the class is not decorated."""
     return getattr(type(module).forward, "__wrapped__", None) if hasattr(module, "has_gate") else None
@@ -102,7 +107,7 @@ def streamed_forward(module: torch.nn.Module, hidden: Tensor, chosen: Tensor, we
             "streamed experts are for inference: a backward would need them again. Call the model under "
             "torch.no_grad(), or train with resident experts and `undercroft train`"
         )
-    serve: Serve = getattr(module, _ATTRIBUTE)
+    serve = attached(module)
     forward = own_forward(module)
     assert forward is not None
     service = serve(chosen, weights)

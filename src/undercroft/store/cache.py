@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -28,7 +28,7 @@ from undercroft.store.policy import EvictionPolicy, Lru
 from undercroft.store.record import Key, Record
 from undercroft.store.records import RecordSource, homes
 from undercroft.store.request import Request
-from undercroft.store.shelf import Entry, Shelf, Spare
+from undercroft.store.shelf import Entry, Shelf, Spare, anything
 from undercroft.store.slab import Lease, Slab
 from undercroft.store.transfer import CHUNK, Cancelled, Priority, Transfer, TransferQueue, check_process
 from undercroft.units import parse_size
@@ -48,7 +48,9 @@ class RecordCache:
         policy: which record leaves first; `Lru` if None.
         patience: seconds that a fetch waits for leases to be dropped, where those in use leave it no room.
         recorder: counts hits (in memory), waits (on their way), misses, read_bytes, evictions, foreseen,
-            useless_prefetches (gone before anybody asked) and cancelled_prefetches.
+            useless_prefetches (gone, or recanted, before anybody asked) and cancelled_prefetches; and the bytes of
+            records whose reads were begun on a hint (foreseen_bytes), asked for then (useful_bytes), or stopped
+            (cancelled_bytes).
 
     Raises:
         InvalidInput: a budget that is no size, or a key that two files have.
@@ -84,6 +86,7 @@ class RecordCache:
     def held(self) -> int:
         """Bytes that records take now."""
         with self._changed:
+            self._shelf.collect()
             return self._shelf.held
 
     @property
@@ -135,11 +138,20 @@ class RecordCache:
         self._loader.submit(transfers, priority)
         return iter(partial(self._next, request), None)  # a generator would hold the lease it gave last
 
-    def foresee(self, keys: Iterable[tuple[str, str]]) -> None:
+    def foresee(
+        self, keys: Iterable[tuple[str, str]], *, may_leave: Callable[[Key], bool] = lambda key: True
+    ) -> list[Key]:
         """Hint that records will be asked for. They are read behind all demands, as far as there is room.
 
-        Room is what is free, and records that nobody uses and that were not foreseen; a fetch that needs the
+        Room is what is free, and records that nobody uses and that were not foreseen; a fetch that finds no other
         room takes it back.
+
+        Args:
+            keys: the likeliest first.
+            may_leave: which of those records may leave for them.
+
+        Returns:
+            Those whose reads begin now.
 
         Raises:
             InvalidInput: no file has one of them.
@@ -153,15 +165,53 @@ class RecordCache:
             absent = [key for key in wanted if key not in self._shelf.entries]
             begun: list[Entry] = []
             for key in absent:
-                entry = self._admit(key, lambda each: not each.foreseen and each.key not in protected)
+                entry = self._admit(
+                    key, lambda each: _unforeseen(each) and each.key not in protected and may_leave(each.key)
+                )
                 if entry is None:
                     break
                 entry.foreseen = True
                 self._shelf.hints[entry] = None
                 begun.append(entry)
             self._recorder.count("foreseen", len(begun))
+            self._recorder.count("foreseen_bytes", sum(entry.nbytes for entry in begun))
             transfers = self._loader.prepare(begun)
         self._loader.submit(transfers, Priority.PREFETCH)
+        return [entry.key for entry in begun]
+
+    def recant(self, keys: Iterable[tuple[str, str]]) -> None:
+        """Take hints back. What is not read yet of records that nobody asked for is not read; the rest may leave."""
+        with self._changed:
+            found = [self._shelf.entries.get(Key(*key)) for key in keys]
+            recanted = {entry: None for entry in found if entry is not None and entry.foreseen}
+            shared = {id(entry.transfer) for entry in self._shelf.loading if entry not in recanted}
+            for entry in recanted:
+                entry.foreseen = False
+                self._recorder.count("useless_prefetches", not entry.loading)
+                if id(entry.transfer) not in shared:
+                    self._loader.cancel(entry)
+
+    def resize(self, budget: int, timeout: float = 30.0) -> None:
+        """Allow records so many bytes from now on; those it has no room for leave, and their memory is given back.
+
+        Reads under way are waited for, and cancelled if nobody asked for them. Records in use stay until their leases
+        die, and no record comes meanwhile that there is no room for.
+
+        Args:
+            budget: bytes.
+            timeout: seconds to wait for reads.
+
+        Raises:
+            SpillMisuse: the cache is closed.
+        """
+        with self._changed:
+            self._check_open()
+            if budget < self._shelf.budget:
+                for entry in self._shelf.hints:
+                    self._loader.cancel(entry)
+                under_way = list(self._shelf.loading)
+                self._changed.wait_for(lambda: self._shelf.loading.keys().isdisjoint(under_way), timeout)
+            self._shelf.resize(budget)
 
     def close(self, timeout: float = 30.0) -> None:
         """Return every byte but those of leases in use, which return when they die; again is allowed.
@@ -220,7 +270,9 @@ class RecordCache:
             self._join(request, entry)
 
     def _join(self, request: Request, entry: Entry) -> None:
-        entry.foreseen = False
+        if entry.foreseen:
+            entry.foreseen = False
+            self._recorder.count("useful_bytes", entry.nbytes)
         self._shelf.hints.pop(entry, None)
         if entry.loading:
             request.expect(entry.key, entry.nbytes)
@@ -242,7 +294,8 @@ class RecordCache:
             key = next(iter(request.pending))
             entry = self._shelf.entries.get(key)
             if entry is None:
-                if (entry := self._admit(key, _anything)) is None:
+                entry = self._admit(key, _unforeseen) or self._admit(key, anything)
+                if entry is None:
                     self._make_way(request)
                     break
                 begun.append(entry)
@@ -301,7 +354,9 @@ class RecordCache:
             self._shelf.land(entry)
         else:
             self._shelf.remove(entry)
-            self._recorder.count("cancelled_prefetches", entry.foreseen and isinstance(error, Cancelled))
+            if isinstance(error, Cancelled) and not entry.waiters:
+                self._recorder.count("cancelled_prefetches")
+                self._recorder.count("cancelled_bytes", entry.nbytes)
         waiters, entry.waiters = entry.waiters, []
         for waiter in waiters:
             if (request := waiter()) is not None and entry.key in request.flying:
@@ -313,5 +368,5 @@ class RecordCache:
             self._recorder.count("useless_prefetches")
 
 
-def _anything(entry: Entry) -> bool:
-    return True
+def _unforeseen(entry: Entry) -> bool:
+    return not entry.foreseen

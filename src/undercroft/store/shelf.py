@@ -68,6 +68,11 @@ class Arena(Lender, Protocol):
 
     capacity: int
 
+    @property
+    def committed(self) -> int:
+        """Bytes that occupy RAM."""
+        ...
+
 
 class Shelf:
     """Entries by key, under a budget of bytes.
@@ -157,12 +162,25 @@ class Shelf:
         return entry.lease.pin(partial(self._unpinned.put, entry))
 
     def collect(self) -> None:
-        """Take note of the pins that died."""
+        """Take note of the pins that died; what there is no room for any more leaves."""
         while not self._unpinned.empty():
             entry = self._unpinned.get()
             entry.pins -= 1
             if not entry.pins and entry.lease is not None:
                 self.idle += entry.nbytes
+                if self.held > self.budget:  # which has become smaller
+                    self._evict(entry)
+                    self._slab.trim()
+
+    def resize(self, budget: int) -> None:
+        """Set the budget; as many entries leave as it has no room for, and with them the memory that they took."""
+        self.budget = budget
+        while self.held > budget or self._takes_more(budget):
+            victim = next(self._victims(anything), None)
+            if victim is None:
+                break
+            self._evict(victim)
+        self._slab.trim()
 
     def superfluous(self, nbytes: int) -> list[Entry]:
         """Reads under way that nobody asked for, the latest first, as many as make room of `nbytes`."""
@@ -209,6 +227,10 @@ class Shelf:
             self._evict(victim)
         return lease
 
+    def _takes_more(self, nbytes: int) -> bool:
+        """Whether the slab occupies more RAM than that even without what no entry touches."""
+        return self._slab.committed > nbytes and self._slab.committed - self._slab.trim() > nbytes
+
     def _leaving(self, short: int, spare: Spare) -> list[Entry] | None:
         """The entries to evict for `short` bytes, or None where all that may leave are not enough."""
         leaving: list[Entry] = []
@@ -230,3 +252,8 @@ class Shelf:
     def _evict(self, entry: Entry) -> None:
         self.remove(entry)
         self._on_evict(entry)
+
+
+def anything(_: Entry) -> bool:
+    """Every entry may leave."""
+    return True

@@ -177,22 +177,16 @@ class Slab:
             if offset is None:
                 return None
             length = round_up(nbytes)
-            if not self._commit(offset, length):
+            if not self._commit(offset, length) and not (self._trim() and self._commit(offset, length)):
                 self._ranges.give(offset, length)
                 return None
             return self._hand_out(offset, length)
 
     def trim(self) -> int:
         """Give committed pages that no lease touches back to the system; returns their bytes."""
-        if self._registered:
-            return 0
         with self._lock:
             self._collect()
-            idle = self._idle_pages()
-            for page in idle:
-                self._map.madvise(mmap.MADV_DONTNEED, self._base + page * self._page, self._page)
-                self._pages.pop(page).release()
-        return len(idle) * self._page
+            return self._trim()
 
     def register_cuda(self) -> None:
         """Pin the whole slab for CUDA, once: `pin_memory()` would round every buffer up to a power of two.
@@ -243,6 +237,13 @@ class Slab:
             taken[page] = reservation
         self._pages.update(taken)
         return True
+
+    def _trim(self) -> int:
+        idle = [] if self._registered else self._idle_pages()
+        for page in idle:
+            self._map.madvise(mmap.MADV_DONTNEED, self._base + page * self._page, self._page)
+            self._pages.pop(page).release()
+        return len(idle) * self._page
 
     def _idle_pages(self) -> list[int]:
         """Committed pages that no lease touches."""
