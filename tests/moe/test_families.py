@@ -10,6 +10,7 @@ import transformers
 from tests.moe.families import Family, decorated, fill, tiny_config
 from transformers import PreTrainedModel
 
+from undercroft.errors import BudgetExceeded
 from undercroft.moe.load import load_moe
 
 FAMILIES = [pytest.param(each, id=each[0].model_type) for each in decorated()]
@@ -37,6 +38,14 @@ def outputs(model: Any, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return logits, tokens
 
 
+def streamed(folder: Path, dtype: torch.dtype, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """With a budget of few experts, and what the error says where keys and values need more."""
+    try:
+        return outputs(load_moe(folder, "256KiB", dtype=dtype), prompt)
+    except BudgetExceeded as error:
+        return outputs(load_moe(folder, (error.least or 0) + 512 * 1024, dtype=dtype), prompt)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_streams_bit_for_bit(family: Family, tmp_path: Path) -> None:
     if family[0].model_type in COMPOSITE:
@@ -49,7 +58,7 @@ def test_a_family_streams_bit_for_bit(family: Family, tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             wanted = outputs(stock(family, tmp_path, dtype), prompt)
-            found = outputs(load_moe(tmp_path, "256KiB", dtype=dtype), prompt)
+            found = streamed(tmp_path, dtype, prompt)
         for one, other in zip(wanted, found, strict=True):
             assert torch.equal(one, other)
 

@@ -147,7 +147,7 @@ class Resident:
         self.parameters = parameters
         self._modules = [_module(layer) for layer in layers]
         for layer, module in zip(layers, self._modules, strict=True):
-            attach(module, partial(_give, _Here(parameters[layer.number])))
+            attach(module, partial(_give, parameters[layer.number]))
 
     def run(self, forwards: Iterable[Forward]) -> Iterator[Tensor]:
         """What each forward gives, bit for bit as `Driven.run`: (tokens, width)."""
@@ -155,28 +155,33 @@ class Resident:
 
 
 class _Here:
-    """Experts that are there: a `streamed.Service` that never ends."""
+    """Experts that are there: a `streamed.Service`."""
 
     skipped: Set[int] = frozenset()
 
-    def __init__(self, experts: Mapping[int, Mapping[str, Tensor]]) -> None:
-        self._experts = experts
+    def __init__(self, experts: Mapping[int, Mapping[str, Tensor]], chosen: Tensor) -> None:
+        self._experts, self._chosen = experts, chosen
 
     def __getitem__(self, expert: int) -> Mapping[str, Tensor]:
         return self._experts[expert]
+
+    def arriving(self) -> Iterator[int]:
+        """Those that were chosen."""
+        return iter(np.unique(self._chosen.numpy()).tolist())
 
     def close(self) -> None:
         """Nothing is let go of."""
 
 
-def _give(here: _Here, chosen: Tensor, weights: Tensor) -> _Here:
-    return here
+def _give(experts: Mapping[int, Mapping[str, Tensor]], chosen: Tensor, weights: Tensor) -> _Here:
+    return _Here(experts, chosen)
 
 
 def _outputs(modules: Sequence[MixtralExperts], forwards: Iterable[Forward]) -> Iterator[Tensor]:
-    with torch.no_grad():
-        for each in forwards:
-            yield streamed_forward(modules[each.layer], each.hidden, each.chosen, each.weights)
+    for each in forwards:
+        with torch.no_grad():  # not around the loop: what is left off in the middle would leave gradients off
+            found = streamed_forward(modules[each.layer], each.hidden, each.chosen, each.weights)
+        yield found
 
 
 def _module(layer: PackedLayer) -> MixtralExperts:

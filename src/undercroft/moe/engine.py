@@ -221,7 +221,7 @@ class Engine:
 
 
 class LayerService:
-    """The experts of one forward of one layer, to be asked for in ascending order; see `streamed.Service`."""
+    """The experts of one forward of one layer; a `streamed.Service`."""
 
     def __init__(self, engine: Engine, layer: ServedLayer, choices: Sequence[Choice]) -> None:
         self._engine, self._layer = engine, layer
@@ -241,6 +241,16 @@ class LayerService:
             self._parameters, self._at = self._engine.open(self._layer, key, self._lease(key)), expert
         return self._parameters
 
+    def arriving(self) -> Iterator[int]:
+        """Those that were chosen and are not skipped: the ones in memory first, then as they arrive."""
+        places = self._engine.stock.places
+        while True:
+            while (key := self._arrive()) is not None:
+                yield places[key].expert
+                self._parameters, self._at = {}, -1
+            if not self._begin():
+                return
+
     def close(self) -> None:
         """Let go of all."""
         self._parameters, self._at = {}, -1
@@ -256,19 +266,21 @@ class LayerService:
         return True
 
     def _lease(self, key: Key) -> Lease:
-        began = time.perf_counter()
-        self._await(key)
-        self._engine.waited_seconds += time.perf_counter() - began
-        return self._held.pop(key)
-
-    def _await(self, key: Key) -> None:
         while key not in self._held:
-            arrived = next(self._coming, None)
-            if arrived is not None:
-                self._held[arrived[0]] = arrived[1]
-            elif not self._begin():  # a forward that asks for an expert that nobody chose
+            if self._arrive() is None and not self._begin():  # a forward asks for an expert that nobody chose
                 self._held.clear()
                 self._coming = self._engine.cache.fetch([key])
+        return self._held.pop(key)
+
+    def _arrive(self) -> Key | None:
+        """Wait for the next of those that were asked for; None where all came."""
+        began = time.perf_counter()
+        arrived = next(self._coming, None)
+        self._engine.waited_seconds += time.perf_counter() - began
+        if arrived is None:
+            return None
+        key, self._held[arrived[0]] = arrived
+        return key
 
 
 def _taken(stored: Tensor | PackedMatrix, dtype: torch.dtype) -> Tensor:

@@ -84,7 +84,7 @@ class Headroom:
             return
         if self.total - claim < self._least:
             raise BudgetExceeded(
-                nbytes,
+                claim,
                 self.total,
                 {"the largest expert": self._least},
                 least=claim + self._least,
@@ -150,5 +150,8 @@ def advice(budget: int, demand: int) -> str | None:
 
 
 def _number(text: object, name: str, otherwise: int) -> int:
-    found = cast("object", getattr(text, name, None))
+    try:
+        found = cast("object", getattr(text, name, None))
+    except RuntimeError:  # it differs from layer to layer, says the configuration
+        found = None
     return found if isinstance(found, int) and found > 0 else otherwise

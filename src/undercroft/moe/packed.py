@@ -61,6 +61,25 @@ class PackedMatrix:
         return matrix.t() if self.transposed else matrix
 
 
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A part, and what of it is wanted at every read: where a quantised matrix ends, and its shape."""
+
+    part: Part
+    format: Format | None = None
+    end: int = 0
+    rows: int = 0
+    columns: int = 0
+
+    @staticmethod
+    def of(part: Part) -> _Slot:
+        """Of a part."""
+        if not isinstance(part.content, Format):
+            return _Slot(part)
+        end = part.offset + packed_nbytes(part.content, *part.matrix)
+        return _Slot(part, part.content, end, *part.matrix)
+
+
 class PackedExperts:
     """The experts of a packed folder; made by `open_packed`, and a context manager.
 
@@ -82,10 +101,11 @@ class PackedExperts:
             name: StoredTensor(name, NOWHERE, dtype, shape, 0)
             for name, (dtype, shape) in manifest.tensors.items()
         }
-        self._parts: dict[Key, tuple[Part, ...]] = {}
+        self._slots: dict[Key, tuple[_Slot, ...]] = {}
+        self._level: set[tuple[Key, str]] = set()
         for layer, file in zip(self.layers, files, strict=True):
             for kind in forms.kinds:
-                self._parts.update(_all_parts(layer, file, kind))
+                self._slots.update(_all_slots(layer, file, kind))
 
     def parameters(self, key: Key, lease: Lease) -> dict[str, Tensor | PackedMatrix]:
         """An expert's parameters by name, over a lease that holds its record, which they keep alive.
@@ -94,10 +114,8 @@ class PackedExperts:
             key: from `PackedLayer.key`.
             lease: of the record's bytes. Do not write to what is returned.
         """
-        parts = self._parts[key]
-        nbytes = max(part.offset + part.nbytes for part in parts)
-        content = torch.empty(0, dtype=torch.uint8).set_(lease.storage(0, nbytes))  # pyright: ignore
-        return {part.name: _usable(part, view(part, content)) for part in parts}
+        content = torch.empty(0, dtype=torch.uint8).set_(lease.storage(0, lease.nbytes))  # pyright: ignore
+        return {slot.part.name: self._usable(key, slot, content) for slot in self._slots[key]}
 
     def stock(self, used: int) -> Stock:
         """What a policy needs to know of them.
@@ -126,6 +144,20 @@ class PackedExperts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _usable(self, key: Key, slot: _Slot, content: Tensor) -> Tensor | PackedMatrix:
+        part = slot.part
+        if slot.format is None:
+            return view(part, content)
+        inputs = None
+        if part.levelled and (key, part.name) not in self._level:
+            levels = content[slot.end : slot.end + slot.columns].view(torch.int8)
+            if levels.any():
+                inputs = factors(levels)
+            else:
+                self._level.add((key, part.name))
+        packed = content[part.offset : slot.end]
+        return PackedMatrix(packed, slot.format, slot.rows, slot.columns, part.transposed, inputs)
 
     def _sizes(self, kind: str) -> list[int]:
         return [file[layer.key(0, kind)].nbytes for layer, file in zip(self.layers, self.files, strict=True)]
@@ -178,10 +210,10 @@ def _open_records(path: Path, digest: str, verify: Verify, syscalls: Syscalls | 
     return RecordFile.open(path, verify=verify, syscalls=syscalls)
 
 
-def _all_parts(layer: PackedLayer, file: RecordFile, kind: str) -> dict[Key, tuple[Part, ...]]:
+def _all_slots(layer: PackedLayer, file: RecordFile, kind: str) -> dict[Key, tuple[_Slot, ...]]:
     """What the records of a layer hold; all of a kind are of one size, which caches count on."""
     shapes = {name: each.shape for name, each in layer.parameters.items()}
-    found: dict[Key, tuple[Part, ...]] = {}
+    found: dict[Key, tuple[_Slot, ...]] = {}
     before: Record | None = None
     for expert in range(layer.experts):
         record = file.get(layer.key(expert, kind))
@@ -190,15 +222,7 @@ def _all_parts(layer: PackedLayer, file: RecordFile, kind: str) -> dict[Key, tup
         if before is not None and record.metadata == before.metadata:
             found[record.key] = found[before.key]
         else:
-            found[record.key] = parse_parts(record.metadata, shapes, record.nbytes)
+            parts = parse_parts(record.metadata, shapes, record.nbytes)
+            found[record.key] = tuple(map(_Slot.of, parts))
         before = record
     return found
-
-
-def _usable(part: Part, content: Tensor) -> Tensor | PackedMatrix:
-    if isinstance(part.content, Format):
-        nbytes = packed_nbytes(part.content, *part.matrix)
-        levels = content[nbytes:].view(torch.int8)
-        inputs = factors(levels) if part.levelled and bool(levels.any()) else None
-        return PackedMatrix(content[:nbytes], part.content, *part.matrix, part.transposed, inputs)
-    return content

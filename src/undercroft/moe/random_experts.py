@@ -188,12 +188,18 @@ class _Content:
         self._longer = [
             _rows(part, blocks + DIFFERENT, random) for part, blocks in zip(parts, self._blocks, strict=True)
         ]
+        ends = [*(part.offset for part in parts[1:]), parts[-1].offset + parts[-1].nbytes]
+        self._zeros = [  # levels of columns that are on one level, and what lies between parts
+            torch.zeros(end - part.offset - blocks * longer.shape[1], dtype=torch.uint8)
+            for part, end, blocks, longer in zip(parts, ends, self._blocks, self._longer, strict=True)
+        ]
 
     def of(self, number: int) -> Iterator[Tensor]:
         """The parts of an expert."""
         first = number % DIFFERENT
-        for blocks, longer in zip(self._blocks, self._longer, strict=True):
+        for blocks, longer, zeros in zip(self._blocks, self._longer, self._zeros, strict=True):
             yield longer[first : first + blocks]
+            yield zeros
 
 
 def _rows(part: Part, blocks: int, random: torch.Generator) -> Tensor:

@@ -7,16 +7,17 @@ outputs, in whatever precision and order, is done. It knows that forward's shape
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from undercroft.errors import UnsupportedModel
+from undercroft.moe.packed_weight import PackedWeight, feed_forward
 
 IMPLEMENTATION = "undercroft"
 """What transformers calls this way to run experts."""
@@ -32,7 +33,11 @@ class Service(Protocol):
         ...
 
     def __getitem__(self, expert: int) -> Mapping[str, Tensor]:
-        """One expert's parameters; those of the one asked for before may be gone."""
+        """One expert's parameters, in ascending order or as `arriving` says; those of the one before may be gone."""
+        ...
+
+    def arriving(self) -> Iterator[int]:
+        """Those that are not left out, in the order in which they come; each is to be asked for before the next."""
         ...
 
     def close(self) -> None:
@@ -136,21 +141,25 @@ def _is_usual(forward: Any) -> bool:
 
 
 def _one_token(module: Any, service: Service, hidden: Tensor, chosen: Any, weights: Tensor) -> Tensor:
-    """What the usual forward does to one token, without looking for the tokens of each expert."""
-    out = torch.zeros_like(hidden)
-    slots = sorted((expert, slot) for slot, expert in enumerate(chosen[0].tolist()))
-    for expert, slot in slots:
-        if expert < module.num_experts and expert not in service.skipped:
-            each = _usual_expert(module.act_fn, hidden, service[expert])
-            out.add_((each * weights[:, slot : slot + 1]).to(out.dtype))
+    """What the usual forward does to one token: experts compute as they arrive, and are summed in its own order."""
+    found = {expert: _usual_expert(module.act_fn, hidden, service[expert]) for expert in service.arriving()}
     service.close()
+    out = torch.zeros_like(hidden)
+    for expert, slot in sorted((expert, slot) for slot, expert in enumerate(chosen[0].tolist())):
+        if expert in found:
+            out.add_((found[expert] * weights[:, slot : slot + 1]).to(out.dtype))
     return out
 
 
 def _usual_expert(act_fn: Any, hidden: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
     """By itself, so that its weights are let go of before the next expert is asked for."""
-    gate, up = linear(hidden, parts["gate_up_proj"]).chunk(2, dim=-1)
-    return linear(act_fn(gate) * up, parts["down_proj"])
+    gate_up, down = parts["gate_up_proj"], parts["down_proj"]
+    if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight) and isinstance(act_fn, nn.SiLU):
+        product = feed_forward(hidden, gate_up.matrix, down.matrix)
+        if product is not None:
+            return product
+    gate, up = linear(hidden, gate_up).chunk(2, dim=-1)
+    return linear(act_fn(gate) * up, down)
 
 
 _USUAL: Any = MixtralExperts.forward.__wrapped__  # pyright: ignore
