@@ -98,10 +98,10 @@ def stock(driven: Driven) -> list[MixtralExperts]:
     """The experts as transformers has them: stacked, in memory."""
     config = MixtralConfig(hidden_size=HIDDEN, intermediate_size=96, num_local_experts=12)
     modules: list[MixtralExperts] = []
-    for parameters in driven.resident().parameters.values():
+    for held in driven.resident().held:
         module = MixtralExperts(config).to(torch.bfloat16)
         for name in ("gate_up_proj", "down_proj"):
-            stacked = torch.stack([parameters[expert][name] for expert in range(12)])
+            stacked = torch.stack([held.parameters[expert][name] for expert in range(12)])
             setattr(module, name, torch.nn.Parameter(stacked))
         modules.append(module)
     return modules

@@ -12,11 +12,14 @@ from undercroft.moe.governor import Governor, Limits, Totals, came_true
 
 LIMITS = Limits(window=1, depth=2, longest_pause=8)
 HALF_WAITED = Totals(seconds=1.0, waited=0.5, read=100)
-GOOD = Totals(seconds=1.0, waited=0.3, read=100, predicted=60, useful=50)
-BETTER = Totals(seconds=1.0, waited=0.1, read=100, predicted=60, useful=50)
-NOT_USEFUL = Totals(seconds=1.0, waited=0.3, read=100, predicted=60, useful=20)
-NO_GAIN = Totals(seconds=1.0, waited=0.49, read=100, predicted=60, useful=60)
-SATURATED = Totals(seconds=1.0, waited=0.95, read=100, predicted=60, useful=60)
+GOOD = Totals(seconds=0.8, waited=0.3, read=100, predicted=60, useful=50)
+BETTER = Totals(seconds=0.6, waited=0.1, read=100, predicted=60, useful=50)
+NOT_USEFUL = Totals(seconds=0.8, waited=0.3, read=100, predicted=60, useful=20)
+NO_GAIN = Totals(seconds=0.99, waited=0.49, read=100, predicted=60, useful=60)
+SATURATED = Totals(seconds=0.5, waited=0.48, read=100, predicted=60, useful=60)
+DEARER = Totals(seconds=1.0, waited=0.3, read=100, predicted=60, useful=50)
+LUCKIER = Totals(seconds=0.8, waited=0.3, read=60, predicted=40, useful=35)
+UNLUCKIER = Totals(seconds=1.0, waited=0.5, read=180, predicted=90, useful=80, wasted=5)
 RESIDENT = Totals(seconds=1.0, waited=0.05)
 
 
@@ -35,9 +38,13 @@ def test_it_begins_off_and_goes_deeper_while_each_depth_pays() -> None:
     assert depths(Governor(LIMITS), [HALF_WAITED, GOOD, GOOD, BETTER, BETTER, BETTER]) == [1, 1, 2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("window", [NOT_USEFUL, NO_GAIN, SATURATED, HALF_WAITED])
+@pytest.mark.parametrize("window", [NOT_USEFUL, NO_GAIN, DEARER, LUCKIER, SATURATED, HALF_WAITED])
 def test_a_depth_that_does_not_pay_is_left_after_one_window(window: Totals) -> None:
     assert depths(Governor(LIMITS), [HALF_WAITED, window]) == [1, 0]
+
+
+def test_a_depth_is_kept_that_is_only_as_fast_because_more_was_wanted() -> None:
+    assert depths(Governor(LIMITS), [HALF_WAITED, UNLUCKIER]) == [1, 1]
 
 
 @pytest.mark.parametrize("window", [RESIDENT, SATURATED, Totals(seconds=1.0, waited=0.01, read=9), Totals()])

@@ -75,7 +75,7 @@ class PeersPlace:
         if side == ACCELERATE and not is_written(self.shape, target):
             write_stacked(self.shape, source, target, told)
         if side == "balanced" and not is_packed(target):
-            pack(source, target)
+            pack(source, target, high="int8", low="int4")
         if side == "int8" and not is_packed(target):
             pack(source, target, high="int8", low="none")
         if target.suffix == ".gguf" and not target.exists():

@@ -28,7 +28,7 @@ ACCELERATE = "accelerate"
 _QUALITIES = {
     "exact": Quality.preset("exact"),
     "balanced": Quality.preset("balanced"),
-    "int8": Quality(low=0.0, low_precision=None, high="int8"),
+    "int8": Quality(low=0.0, low_precision=None, high="int8", dense="int8"),
 }
 OURS = tuple(_QUALITIES)
 _OUTER = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import subprocess
+from collections.abc import Sequence
 from ctypes import c_bool, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -44,7 +45,9 @@ class Library:
         weight = (c_void_p, c_int, c_int64)
         self._linear.argtypes = (*call, c_void_p, *weight, c_int64, c_void_p)
         self._expert.argtypes = (*call, c_int64, c_void_p, *weight, *weight, c_void_p)
-        self._linear.restype = self._expert.restype = c_bool
+        self._blocks = library.undercroft_kernels_blocks
+        self._blocks.argtypes = (*call, c_int64, c_void_p, c_void_p, c_void_p)
+        self._linear.restype = self._expert.restype = self._blocks.restype = c_bool
         self.instructions = _NAMES[: library.undercroft_kernels_instructions() + 1]
         self.threaded = bool(library.undercroft_kernels_threaded())
 
@@ -76,6 +79,23 @@ class Library:
             for value in (packed.data_ptr(), format.bits, format.group)
         ]
         _require_memory(self._expert(*call, intermediate, x.data_ptr(), *weights, out.data_ptr()))
+        return out
+
+    def blocks(
+        self,
+        x: Tensor,
+        blocks: Sequence[tuple[int, ...]],
+        intermediate: int,
+        *,
+        instructions: str | None = None,
+    ) -> Tensor:
+        """What each block makes of the token x [1, H], float32 [blocks, H]; see `block.Block`."""
+        out = torch.empty(len(blocks), x.shape[1])
+        name, threads, bf16, _, width = self._call(x, instructions)
+        flat = [field for block in blocks for field in block]
+        table = (c_int64 * len(flat))(*flat)
+        call = (name, threads, bf16, len(blocks), width, intermediate)
+        _require_memory(self._blocks(*call, x.data_ptr(), table, out.data_ptr()))
         return out
 
     def _call(self, x: Tensor, instructions: str | None) -> tuple[int, int, bool, int, int]:

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -46,6 +47,19 @@ struct Matrix {
 struct Activations {
   std::unique_ptr<int8_t[]> codes;  // [rows, columns]
   std::unique_ptr<Group[]> groups;  // [rows, groups]
+  Activations(int64_t rows, const Matrix& w)
+      : codes(new int8_t[rows * w.columns]), groups(new Group[rows * w.groups]) {}
+};
+
+// A gated feed-forward block, as kernels/block.py lays it out. Levels, where there are any, are how many times what
+// meets a column is doubled.
+struct Block {
+  const uint8_t* gate_up;
+  const int8_t* gate_up_levels;
+  int64_t bits, group;
+  const uint8_t* down;
+  const int8_t* down_levels;
+  int64_t down_bits, down_group;
 };
 
 constexpr int64_t header_nbytes(int bits) { return bits == 8 ? 2 * kBlockRows : 4 * kBlockRows; }
@@ -245,20 +259,15 @@ void in_parallel(int threads, int64_t tasks, const Task& task) {
     body(&work);
 }
 
-// fill(row, column, count, values) writes the activations of one group as float.
+// fill(column, count, values) writes the activations of one group of the row as float.
 template <class Fill>
-Activations quantise(const Loops& loops, int threads, int64_t rows, const Matrix& w, const Fill& fill) {
-  Activations x{std::unique_ptr<int8_t[]>(new int8_t[rows * w.columns]),
-                std::unique_ptr<Group[]>(new Group[rows * w.groups])};
-  in_parallel(team(threads, rows * w.columns), rows, [&](int64_t row) {
-    float values[kLargestGroup];
-    for (int64_t g = 0; g < w.groups; g++) {
-      fill(row, g * w.group, w.group, values);
-      int8_t* codes = x.codes.get() + row * w.columns + g * w.group;
-      x.groups[row * w.groups + g] = loops.quantise(values, w.group, codes);
-    }
-  });
-  return x;
+void quantise_row(const Loops& loops, Activations& x, int64_t row, const Matrix& w, const Fill& fill) {
+  float values[kLargestGroup];
+  for (int64_t g = 0; g < w.groups; g++) {
+    fill(g * w.group, w.group, values);
+    int8_t* codes = x.codes.get() + row * w.columns + g * w.group;
+    x.groups[row * w.groups + g] = loops.quantise(values, w.group, codes);
+  }
 }
 
 inline uint16_t to_bf16(float value) {  // to the nearest, ties to even; a NaN stays one
@@ -270,10 +279,11 @@ inline uint16_t to_bf16(float value) {  // to the nearest, ties to even; a NaN s
 void emit(const float* values, int64_t count, float* out) { std::copy_n(values, count, out); }
 void emit(const float* values, int64_t count, uint16_t* out) { std::transform(values, values + count, out, to_bf16); }
 
+int64_t blocks_of(const Matrix& w) { return (w.rows + kBlockRows - 1) / kBlockRows; }
+
 template <class Out>
 void multiply(const Loops& loops, int threads, int64_t rows, const Activations& x, const Matrix& w, Out* out) {
-  const int64_t blocks = (w.rows + kBlockRows - 1) / kBlockRows;
-  const int64_t block_nbytes = group_nbytes(w.bits, w.group) * w.groups;
+  const int64_t blocks = blocks_of(w), block_nbytes = group_nbytes(w.bits, w.group) * w.groups;
   const int64_t panel = std::clamp<int64_t>(kPanelBytes / w.columns, 1, 16) * kTileRows;
   const int64_t panels = (rows + panel - 1) / panel;
   const int64_t share = std::clamp<int64_t>(blocks / (threads * 4), 1, 8);  // blocks of a task
@@ -294,25 +304,55 @@ void multiply(const Loops& loops, int threads, int64_t rows, const Activations& 
   });
 }
 
-Activations quantise_input(const Loops& loops, int threads, int64_t rows, const Matrix& w, const void* x, bool bf16) {
-  return quantise(loops, threads, rows, w, [&](int64_t row, int64_t column, int64_t count, float* values) {
-    const int64_t at = row * w.columns + column;
-    if (!bf16) {
-      std::memcpy(values, static_cast<const float*>(x) + at, 4 * count);
-      return;
-    }
-    const uint16_t* halves = static_cast<const uint16_t*>(x) + at;
-    for (int64_t i = 0; i < count; i++) values[i] = float_of(static_cast<int32_t>(uint32_t{halves[i]} << 16));
-  });
+// Blocks [first, last) of the outputs of one row of activations, which is all that x holds.
+void multiply_token(const Loops& loops, const Activations& x, const Matrix& w, int64_t first, int64_t last, float* out) {
+  const int64_t block_nbytes = group_nbytes(w.bits, w.group) * w.groups;
+  float sums[kBlockRows];
+  for (int64_t block = first; block < last; block++) {
+    const int64_t column = block * kBlockRows;
+    loops.tile(w.bits, 1)(w.packed + block * block_nbytes, w, x, 0, sums);
+    emit(sums, std::min<int64_t>(kBlockRows, w.rows - column), out + column);
+  }
 }
 
-// silu(gate) * up, where a row of `hidden` is gate and then up.
-Activations quantise_gated(const Loops& loops, int threads, int64_t rows, const Matrix& w, const float* hidden) {
-  return quantise(loops, threads, rows, w, [&](int64_t row, int64_t column, int64_t count, float* values) {
-    const float* gate = hidden + row * 2 * w.columns + column;
-    const float* up = gate + w.columns;
-    for (int64_t i = 0; i < count; i++) values[i] = gate[i] / (1.f + std::exp(-gate[i])) * up[i];
+void load_input(const void* x, bool bf16, int64_t at, int64_t count, float* values) {
+  if (!bf16) {
+    std::memcpy(values, static_cast<const float*>(x) + at, 4 * count);
+    return;
+  }
+  const uint16_t* halves = static_cast<const uint16_t*>(x) + at;
+  for (int64_t i = 0; i < count; i++) values[i] = float_of(static_cast<int32_t>(uint32_t{halves[i]} << 16));
+}
+
+// silu(gate) * up, where `hidden` is gate and then up, of so many columns each.
+void load_gated(const float* hidden, int64_t columns, int64_t at, int64_t count, float* values) {
+  const float *gate = hidden + at, *up = gate + columns;
+  for (int64_t i = 0; i < count; i++) values[i] = gate[i] / (1.f + std::exp(-gate[i])) * up[i];
+}
+
+void level(const int8_t* levels, int64_t at, int64_t count, float* values) {
+  if (levels == nullptr) return;
+  for (int64_t i = 0; i < count; i++) values[i] = std::ldexp(values[i], levels[at + i]);
+}
+
+Activations quantise_input(const Loops& loops, int threads, int64_t rows, const Matrix& w, const void* x, bool bf16) {
+  Activations codes(rows, w);
+  in_parallel(team(threads, rows * w.columns), rows, [&](int64_t row) {
+    quantise_row(loops, codes, row, w, [&](int64_t column, int64_t count, float* values) {
+      load_input(x, bf16, row * w.columns + column, count, values);
+    });
   });
+  return codes;
+}
+
+Activations quantise_gated(const Loops& loops, int threads, int64_t rows, const Matrix& w, const float* hidden) {
+  Activations codes(rows, w);
+  in_parallel(team(threads, rows * w.columns), rows, [&](int64_t row) {
+    quantise_row(loops, codes, row, w, [&](int64_t column, int64_t count, float* values) {
+      load_gated(hidden + row * 2 * w.columns, w.columns, column, count, values);
+    });
+  });
+  return codes;
 }
 
 void multiply_into(const Loops& loops, int threads, int64_t rows, const Activations& x, const Matrix& w, void* out,
@@ -326,6 +366,28 @@ void multiply_into(const Loops& loops, int threads, int64_t rows, const Activati
 Matrix matrix(const uint8_t* packed, int bits, int64_t group, int64_t rows, int64_t columns) {
   return {packed, bits, group, rows, columns, columns / group};
 }
+
+// Matrices that one token is multiplied with at once, each with activations of its own.
+struct Layer {
+  std::vector<Matrix> weights;
+  std::vector<Activations> inputs;
+
+  void add(const Matrix& w) {
+    weights.push_back(w);
+    inputs.emplace_back(1, w);
+  }
+
+  // out is [matrices, rows]; all have as many rows.
+  void multiply(const Loops& loops, int threads, float* out) const {
+    const int64_t count = static_cast<int64_t>(weights.size()), rows = weights[0].rows, blocks = blocks_of(weights[0]);
+    const int64_t share = std::clamp<int64_t>(blocks * count / (threads * 8), 1, 16);  // blocks of a task
+    const int64_t shares = (blocks + share - 1) / share;
+    in_parallel(team(threads, count * rows * weights[0].columns), count * shares, [&](int64_t task) {
+      const int64_t i = task / shares, first = task % shares * share;
+      multiply_token(loops, inputs[i], weights[i], first, std::min(first + share, blocks), out + i * rows);
+    });
+  }
+};
 
 }  // namespace
 
@@ -366,6 +428,35 @@ bool undercroft_kernels_expert(int instructions, int threads, bool bf16, int64_t
   const std::unique_ptr<float[]> hidden(new float[rows * 2 * inner]);
   multiply(loops, threads, rows, quantise_input(loops, threads, rows, first, x, bf16), first, hidden.get());
   multiply_into(loops, threads, rows, quantise_gated(loops, threads, rows, second, hidden.get()), second, out, bf16);
+  return true;
+} catch (const std::bad_alloc&) {
+  return false;
+}
+
+// out[i, width] = down(silu(gate(x)) * up(x)) of each block i, float32; x[width] is one token.
+bool undercroft_kernels_blocks(int instructions, int threads, bool bf16, int64_t count, int64_t width, int64_t inner,
+                               const void* x, const Block* blocks, float* out) try {
+  const Loops& loops = loops_of(instructions);
+  Layer first, second;
+  for (const Block* b = blocks; b < blocks + count; b++) {
+    first.add(matrix(b->gate_up, static_cast<int>(b->bits), b->group, 2 * inner, width));
+    second.add(matrix(b->down, static_cast<int>(b->down_bits), b->down_group, width, inner));
+  }
+  const std::unique_ptr<float[]> hidden(new float[count * 2 * inner]);
+  in_parallel(team(threads, count * width), count, [&](int64_t i) {
+    quantise_row(loops, first.inputs[i], 0, first.weights[i], [&](int64_t column, int64_t n, float* values) {
+      load_input(x, bf16, column, n, values);
+      level(blocks[i].gate_up_levels, column, n, values);
+    });
+  });
+  first.multiply(loops, threads, hidden.get());
+  in_parallel(team(threads, count * 16 * inner), count, [&](int64_t i) {  // an exponential costs as much as many products
+    quantise_row(loops, second.inputs[i], 0, second.weights[i], [&](int64_t column, int64_t n, float* values) {
+      load_gated(hidden.get() + i * 2 * inner, inner, column, n, values);
+      level(blocks[i].down_levels, column, n, values);
+    });
+  });
+  second.multiply(loops, threads, out);
   return true;
 } catch (const std::bad_alloc&) {
   return false;

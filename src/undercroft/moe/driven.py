@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from undercroft.errors import InvalidInput
 from undercroft.events import Recorder
+from undercroft.kernels import Block, Gated
 from undercroft.moe.engine import Engine, ServedLayer
 from undercroft.moe.forwards import Forward
 from undercroft.moe.manifest import PackedLayer
@@ -77,7 +78,7 @@ class Driven:
         except BaseException:
             self.close()
             raise
-        self._layers = [_served(layer) for layer in experts.layers]
+        self._layers = [_served(experts, layer) for layer in experts.layers]
         for layer, module in zip(self._layers, modules, strict=True):
             attach(module, partial(self.engine.serve, layer))
         self._modules = modules
@@ -101,7 +102,7 @@ class Driven:
         Raises:
             BudgetExceeded: the budget does not hold them all.
         """
-        return Resident(self._experts.layers, {layer.number: self._all(layer) for layer in self._layers})
+        return Resident(self._experts.layers, [self._all(layer) for layer in self._layers])
 
     def close(self) -> None:
         """Return the memory and end the threads; again is allowed."""
@@ -117,11 +118,16 @@ class Driven:
     ) -> None:
         self.close()
 
-    def _all(self, layer: ServedLayer) -> dict[int, Mapping[str, Tensor]]:
+    def _all(self, layer: ServedLayer) -> Held:
         """The experts of a layer."""
-        stock = self.engine.stock
-        arriving = self._cache.fetch(stock.high_keys[layer.number])
-        return {stock.places[key].expert: self.engine.open(layer, key, lease) for key, lease in arriving}
+        parameters: dict[int, Mapping[str, Tensor]] = {}
+        blocks: dict[int, Block] = {}
+        for key, lease in self._cache.fetch(self.engine.stock.high_keys[layer.number]):
+            expert = self.engine.stock.places[key].expert
+            parameters[expert] = self.engine.open(layer, key, lease)  # which hold the lease
+            if layer.gated is not None:
+                blocks[expert] = self.engine.block(key, lease)
+        return Held(parameters, blocks, layer.gated)
 
     def _told(self, forwards: Iterable[Forward]) -> Iterator[Forward]:
         """The forwards, as the engine is told of each."""
@@ -131,23 +137,33 @@ class Driven:
             yield each
 
 
+class Held(NamedTuple):
+    """The experts of a layer, in memory.
+
+    Attributes:
+        parameters: of each, as the model takes them.
+        blocks: where they are, if they are `gated`.
+        gated: their sizes, if so.
+    """
+
+    parameters: Mapping[int, Mapping[str, Tensor]]
+    blocks: Mapping[int, Block]
+    gated: Gated | None
+
+
 class Resident:
     """Experts in memory, with nothing that serves them: the least that their forwards can cost.
 
     Args:
         layers: what they are made of.
-        parameters: of each expert, by layer and number, as the model takes them.
+        held: the experts of each.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[PackedLayer],
-        parameters: Mapping[int, Mapping[int, Mapping[str, Tensor]]],
-    ) -> None:
-        self.parameters = parameters
+    def __init__(self, layers: Sequence[PackedLayer], held: Sequence[Held]) -> None:
+        self.held = held
         self._modules = [_module(layer) for layer in layers]
-        for layer, module in zip(layers, self._modules, strict=True):
-            attach(module, partial(_give, parameters[layer.number]))
+        for module, each in zip(self._modules, held, strict=True):
+            attach(module, partial(_give, each))
 
     def run(self, forwards: Iterable[Forward]) -> Iterator[Tensor]:
         """What each forward gives, bit for bit as `Driven.run`: (tokens, width)."""
@@ -159,11 +175,16 @@ class _Here:
 
     skipped: Set[int] = frozenset()
 
-    def __init__(self, experts: Mapping[int, Mapping[str, Tensor]], chosen: Tensor) -> None:
-        self._experts, self._chosen = experts, chosen
+    def __init__(self, held: Held, chosen: Tensor) -> None:
+        self._held, self._chosen = held, chosen
+        self.gated = held.gated
 
     def __getitem__(self, expert: int) -> Mapping[str, Tensor]:
-        return self._experts[expert]
+        return self._held.parameters[expert]
+
+    def blocks(self) -> Iterator[Sequence[tuple[int, Block]]]:
+        """All at once."""
+        return iter([[(expert, self._held.blocks[expert]) for expert in self.arriving()]])
 
     def arriving(self) -> Iterator[int]:
         """Those that were chosen."""
@@ -173,8 +194,8 @@ class _Here:
         """Nothing is let go of."""
 
 
-def _give(experts: Mapping[int, Mapping[str, Tensor]], chosen: Tensor, weights: Tensor) -> _Here:
-    return _Here(experts, chosen)
+def _give(held: Held, chosen: Tensor, weights: Tensor) -> _Here:
+    return _Here(held, chosen)
 
 
 def _outputs(modules: Sequence[MixtralExperts], forwards: Iterable[Forward]) -> Iterator[Tensor]:
@@ -203,6 +224,7 @@ def _module(layer: PackedLayer) -> MixtralExperts:
         return MixtralExperts(config)
 
 
-def _served(layer: PackedLayer) -> ServedLayer:
+def _served(experts: PackedExperts, layer: PackedLayer) -> ServedLayer:
     dtypes = {name: each.dtype for name, each in layer.parameters.items()}
-    return ServedLayer(number=layer.number, experts=layer.experts, dtypes=dtypes)
+    gated = experts.gated(layer.number)
+    return ServedLayer(number=layer.number, experts=layer.experts, dtypes=dtypes, gated=gated)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from undercroft.errors import BudgetExceeded
 from undercroft.events import Recorder
+from undercroft.kernels import Block, Gated
 from undercroft.moe.hints import Hints
 from undercroft.moe.importance import Use, weigh
 from undercroft.moe.journal import Journal
@@ -29,6 +30,7 @@ from undercroft.moe.quality import Quality
 from undercroft.moe.serving_order import Choice, ServingOrder, waves
 from undercroft.moe.stock import Stock
 from undercroft.moe.trace import Trace
+from undercroft.store.arrivals import NOTHING
 from undercroft.store.cache import RecordCache
 from undercroft.store.record import Key
 from undercroft.store.slab import Lease
@@ -41,6 +43,14 @@ class ExpertSource(Protocol):
         """An expert's parameters, as stored, over a lease that holds it."""
         ...
 
+    def gated(self, layer: int) -> Gated | None:
+        """The sizes of a layer's experts, where `block` gives each as the kernels take it."""
+        ...
+
+    def block(self, key: Key, lease: Lease) -> Block:
+        """Where an expert is while a lease holds it."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedLayer:
@@ -50,11 +60,13 @@ class ServedLayer:
         number: among the layers with experts.
         experts: how many.
         dtypes: of each of their parameters in the model.
+        gated: their sizes, where they are `Block`s.
     """
 
     number: int
     experts: int
     dtypes: Mapping[str, torch.dtype]
+    gated: Gated | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +217,10 @@ class Engine:
         found = self._source.parameters(key, lease)
         return {name: _taken(each, layer.dtypes[name]) for name, each in found.items()}
 
+    def block(self, key: Key, lease: Lease) -> Block:
+        """An expert as the kernels take it, for as long as the lease lives."""
+        return self._source.block(key, lease)
+
     def _uses(self, layer: ServedLayer, experts: NDArray[np.int64], weights: Tensor) -> list[Use]:
         if not self.is_exact:
             return weigh(experts, weights.float().numpy())
@@ -228,7 +244,7 @@ class LayerService:
         self.skipped = {choice.expert for choice in choices if choice.key is None}
         self._keys = {choice.expert: choice.key for choice in choices if choice.key is not None}
         self._waves = waves(self._keys.values(), engine.stock, engine.cache.budget)
-        self._coming: Iterator[tuple[Key, Lease]] = iter(())
+        self._coming = NOTHING
         self._held: dict[Key, Lease] = {}
         self._at = -1
         self._parameters: Mapping[str, Tensor] = {}
@@ -251,11 +267,29 @@ class LayerService:
             if not self._begin():
                 return
 
+    @property
+    def gated(self) -> Gated | None:
+        """The sizes of its experts, where they are `Block`s."""
+        return self._layer.gated
+
+    def blocks(self) -> Iterator[Sequence[tuple[int, Block]]]:
+        """As `arriving`, but all that are there at a time, as blocks that stay until the next are asked for.
+
+        All of a wave have room together, so none has to leave for the next.
+        """
+        places = self._engine.stock.places
+        while True:
+            while arrived := self._together():
+                yield [(places[key].expert, self._engine.block(key, lease)) for key, lease in arrived]
+                del arrived
+            if not self._begin():
+                return
+
     def close(self) -> None:
         """Let go of all."""
         self._parameters, self._at = {}, -1
         self._held.clear()
-        self._coming = iter(())
+        self._coming = NOTHING
 
     def _begin(self) -> bool:
         wave = next(self._waves, None)
@@ -271,6 +305,13 @@ class LayerService:
                 self._held.clear()
                 self._coming = self._engine.cache.fetch([key])
         return self._held.pop(key)
+
+    def _together(self) -> list[tuple[Key, Lease]]:
+        """Wait for some of those that were asked for; none where all came."""
+        began = time.perf_counter()
+        arrived = self._coming.together()
+        self._engine.waited_seconds += time.perf_counter() - began
+        return arrived
 
     def _arrive(self) -> Key | None:
         """Wait for the next of those that were asked for; None where all came."""

@@ -88,6 +88,7 @@ class Foresight:
             read=report.read_nbytes,
             predicted=report.predicted,
             useful=report.useful,
+            wasted=report.wasted,
         )
 
     def _find(self, watch: Watch, number: int, chosen: Tensor) -> None:

@@ -6,8 +6,9 @@ window, and waits twice as long for every further trial.
 
 Reading ahead pays where forwards wait for reads, but not so much that the disk has no idle time left to read in; where
 what is read is wanted (a wrong read may delay a demand by as much as a right one saves, so more than half of it must
-be); and where forwards then do wait less. All three are measured, the last against the window before
-the depth was tried, since published gains run from +15 % to a loss of 38 % where flash was saturated.
+be); and where forwards then are done sooner. All three are measured, the last against the window before
+the depth was tried, since published gains run from +15 % to a loss of 38 % where flash was saturated. A window that
+happens to want fewer bytes gains nothing by that, and what prediction itself costs is part of what a forward takes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Limits:
         least_useful: share of the bytes read ahead that must have been wanted.
         least_waiting: share of the time spent waiting for reads below which there is nothing to gain.
         most_waiting: the share above which the disk has no time for anything but demands.
-        least_gain: by how much of itself that share must fall when the depth rises.
+        least_gain: how much of the time spent waiting must be won when the depth rises.
         longest_pause: windows between two trials of a depth that never pays.
 
     Raises:
@@ -68,6 +69,7 @@ class Totals(NamedTuple):
         read: bytes that were read.
         predicted: bytes that were begun to be read ahead.
         useful: bytes of these that were wanted by the forward they were read for.
+        wasted: bytes of these that were read, and were not.
     """
 
     seconds: float = 0.0
@@ -75,6 +77,7 @@ class Totals(NamedTuple):
     read: int = 0
     predicted: int = 0
     useful: int = 0
+    wasted: int = 0
 
     @property
     def waiting(self) -> float:
@@ -86,6 +89,11 @@ class Totals(NamedTuple):
         """Share of the bytes read ahead that were wanted; 0 where there were none."""
         return self.useful / self.predicted if self.predicted else 0.0
 
+    def seconds_for(self, nbytes: int) -> float:
+        """What it would have cost with so many wanted bytes to be read in the place of its own."""
+        wanted = self.read - self.wasted
+        return self.seconds - self.waited + (self.waited * nbytes / wanted if wanted > 0 else self.waited)
+
     def since(self, before: Totals) -> Totals:
         """What came on top."""
         return Totals(
@@ -94,6 +102,7 @@ class Totals(NamedTuple):
             self.read - before.read,
             self.predicted - before.predicted,
             self.useful - before.useful,
+            self.wasted - before.wasted,
         )
 
     def plus(self, more: Totals) -> Totals:
@@ -119,7 +128,7 @@ class Governor:
         self._rest = 1
         self._forwards = 0
         self._before = Totals()
-        self._waiting_below: float | None = None
+        self._shallower: Totals | None = None
 
     def judge(self, layer: int, distance: int, right: Sequence[float]) -> None:
         """Take note of what became of predictions.
@@ -154,17 +163,20 @@ class Governor:
     def _decide(self, window: Totals) -> None:
         if self.depth and not self._pays(window):
             self._fall(window)
-        elif self._waiting_below is not None:
-            self._pauses[self.depth], self._waiting_below = 1, None
+        elif self._shallower is not None:
+            self._pauses[self.depth], self._shallower = 1, None
         else:
             self._rest -= 1
             if self._rest <= 0 and self._could_gain(window):
                 self._climb(window)
 
     def _pays(self, window: Totals) -> bool:
-        limits, below = self._limits, self._waiting_below
-        gains = below is None or window.waiting <= below * (1 - limits.least_gain)
-        return gains and window.use >= limits.least_useful and window.waiting <= limits.most_waiting
+        limits, before = self._limits, self._shallower
+        if before is not None:
+            won = before.seconds - window.seconds_for(before.read - before.wasted)
+            if won < limits.least_gain * before.waited:
+                return False
+        return window.use >= limits.least_useful and window.waiting <= limits.most_waiting
 
     def _could_gain(self, window: Totals) -> bool:
         limits = self._limits
@@ -173,7 +185,7 @@ class Governor:
 
     def _climb(self, window: Totals) -> None:
         self.depth += 1
-        self._waiting_below = window.waiting
+        self._shallower = window
 
     def _fall(self, window: Totals) -> None:
         """Leave a depth; one at which there was nothing to read is not to blame."""
@@ -181,7 +193,7 @@ class Governor:
             self._pauses[self.depth] = min(2 * self._pauses[self.depth], self._limits.longest_pause)
         self._rest = self._pauses[self.depth]
         self.depth -= 1
-        self._waiting_below = None
+        self._shallower = None
 
 
 def came_true(guesses: Sequence[Sequence[int]], chosen: Sequence[Sequence[int]]) -> Iterator[float]:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from undercroft.errors import CorruptRecord, TransferFailed
+from undercroft.errors import CorruptRecord, InvalidInput, TransferFailed
+from undercroft.kernels import Block
 from undercroft.models.checkpoint import Checkpoint, Version
 from undercroft.models.recipe import Array, Recipe, Stored, assemble, is_plain, leaves
 from undercroft.moe.bank import Layer
@@ -121,6 +122,13 @@ class IndexedExperts:
             name: _view(storage, expert.places[name], each.stored, each.shape, each.strides)
             for name, each in expert.layer.parameters.items()
         }
+
+    def gated(self, layer: int) -> None:
+        """None: what a checkpoint has is not packed."""
+
+    def block(self, key: Key, lease: Lease) -> Block:
+        """Nothing here is a block; see `gated`."""
+        raise InvalidInput(f"{key.name} lies in a checkpoint, which is not packed")
 
     def stock(self, used: int) -> Stock:
         """What a policy needs to know of them.

@@ -22,12 +22,14 @@ from undercroft.events import Recorder
 from undercroft.models.checkpoint import Checkpoint, StoredTensor
 from undercroft.models.source import download, locate, read_config
 from undercroft.models.tracing import Lazy, load
+from undercroft.moe.bank import Layer
 from undercroft.moe.copies import check_served
-from undercroft.moe.engine import Engine, ExpertReport, ServedLayer
+from undercroft.moe.engine import Engine, ExpertReport, ExpertSource, ServedLayer
 from undercroft.moe.foresight import look_ahead
 from undercroft.moe.governor import Governor
 from undercroft.moe.headroom import Headroom, advice, row_nbytes, token_nbytes
 from undercroft.moe.indexed import IndexedExperts
+from undercroft.moe.manifest import PackedLayer
 from undercroft.moe.model import adopt
 from undercroft.moe.packed import PackedExperts, is_packed, open_packed
 from undercroft.moe.policies import make_policy
@@ -166,7 +168,7 @@ def _wire(
     """Let the model's forwards ask the engine."""
     for layer in experts.layers:
         module = model.get_submodule(layer.module)
-        attach(module, partial(engine.serve, _served(layer.number, layer.experts, module)))
+        attach(module, partial(engine.serve, _served(experts, layer, module)))
     if prefetch and engine.is_exact:
         governor = prefetch if isinstance(prefetch, Governor) else Governor()
         look_ahead(model, engine, {layer.number: layer.module for layer in experts.layers}, governor)
@@ -195,9 +197,10 @@ def _tell(
     engine.turn_to(is_first=before == 0, is_prefill=before == 0 or tokens is None or added > 1)
 
 
-def _served(number: int, experts: int, module: Any) -> ServedLayer:
+def _served(source: ExpertSource, layer: Layer | PackedLayer, module: Any) -> ServedLayer:
     dtypes = {name: weight.dtype for name, weight in module.named_parameters(recurse=False)}
-    return ServedLayer(number=number, experts=experts, dtypes=dtypes)
+    number = layer.number
+    return ServedLayer(number=number, experts=layer.experts, dtypes=dtypes, gated=source.gated(number))
 
 
 def _dense(

@@ -6,6 +6,7 @@ folder is believed before it is checked; what `parameters` gives lies inside the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ import xxhash
 from torch import Tensor
 
 from undercroft.errors import CorruptRecord
+from undercroft.kernels.block import Block, Gated, available
 from undercroft.kernels.format import Format, packed_nbytes
 from undercroft.kernels.quantise import dequantise
 from undercroft.models.checkpoint import StoredTensor
@@ -30,6 +32,8 @@ from undercroft.store.record import Key, Record
 from undercroft.store.records import RecordFile, Verify
 from undercroft.store.slab import Lease
 
+GATED = ("gate_up_proj", "down_proj")
+"""What most families call the two matrices of an expert."""
 NOWHERE = -1
 """The file of a tensor that is not in the folder as such."""
 
@@ -103,6 +107,7 @@ class PackedExperts:
         }
         self._slots: dict[Key, tuple[_Slot, ...]] = {}
         self._level: set[tuple[Key, str]] = set()
+        self._offsets: dict[Key, Block] = {}
         for layer, file in zip(self.layers, files, strict=True):
             for kind in forms.kinds:
                 self._slots.update(_all_slots(layer, file, kind))
@@ -116,6 +121,35 @@ class PackedExperts:
         """
         content = torch.empty(0, dtype=torch.uint8).set_(lease.storage(0, lease.nbytes))  # pyright: ignore
         return {slot.part.name: self._usable(key, slot, content) for slot in self._slots[key]}
+
+    def gated(self, layer: int) -> Gated | None:
+        """The sizes of a layer's experts, where each copy is a `Block` that the kernels here can compute."""
+        found = next(each for each in self.layers if each.number == layer)
+        kinds = (self.high,) if self.low is None else (self.high, self.low)
+        layouts = [self._slots[found.key(expert, kind)] for expert in range(found.experts) for kind in kinds]
+        sizes = {_gated(slots) for slots in {id(each): each for each in layouts}.values()}
+        return sizes.pop() if len(sizes) == 1 and available() else None
+
+    def block(self, key: Key, lease: Lease) -> Block:
+        """An expert of a layer that is `gated`, for as long as a lease holds its record.
+
+        Args:
+            key: from `PackedLayer.key`.
+            lease: of the record's bytes.
+        """
+        if key not in self._offsets:
+            self._offsets[key] = self._locate(key, lease)
+        at, offset = lease.address, self._offsets[key]
+        return Block(
+            at + offset.gate_up,
+            offset.gate_up_levels and at + offset.gate_up_levels,
+            offset.bits,
+            offset.group,
+            at + offset.down,
+            offset.down_levels and at + offset.down_levels,
+            offset.down_bits,
+            offset.down_group,
+        )
 
     def stock(self, used: int) -> Stock:
         """What a policy needs to know of them.
@@ -145,6 +179,18 @@ class PackedExperts:
     ) -> None:
         self.close()
 
+    def _locate(self, key: Key, lease: Lease) -> Block:
+        """An expert as a `Block` of offsets into its record; columns that are all on one level need none."""
+        found = self.parameters(key, lease)
+        slots = {slot.part.name: slot for slot in self._slots[key]}
+        fields: list[int] = []
+        for name in GATED:
+            matrix, slot = found[name], slots[name]
+            assert isinstance(matrix, PackedMatrix)
+            levels = 0 if matrix.inputs is None else slot.end
+            fields += [slot.part.offset, levels, matrix.format.bits, matrix.format.group]
+        return Block._make(fields)
+
     def _usable(self, key: Key, slot: _Slot, content: Tensor) -> Tensor | PackedMatrix:
         part = slot.part
         if slot.format is None:
@@ -161,6 +207,16 @@ class PackedExperts:
 
     def _sizes(self, kind: str) -> list[int]:
         return [file[layer.key(0, kind)].nbytes for layer, file in zip(self.layers, self.files, strict=True)]
+
+
+def _gated(slots: Sequence[_Slot]) -> Gated | None:
+    """The sizes of a gated feed-forward block, if that is what a record holds, quantised."""
+    found = {slot.part.name: slot for slot in slots}
+    if found.keys() != set(GATED) or any(slot.format is None or slot.part.transposed for slot in slots):
+        return None
+    gate_up, down = (found[name] for name in GATED)
+    fits = gate_up.rows == 2 * down.columns and down.rows == gate_up.columns
+    return Gated(down.rows, down.columns) if fits else None
 
 
 def is_packed(folder: str | Path) -> bool:

@@ -7,7 +7,8 @@ outputs, in whatever precision and order, is done. It knows that forward's shape
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from undercroft.errors import UnsupportedModel
+from undercroft.kernels import Block, Gated, feed_forwards
 from undercroft.moe.packed_weight import PackedWeight, feed_forward
 
 IMPLEMENTATION = "undercroft"
@@ -36,8 +38,17 @@ class Service(Protocol):
         """One expert's parameters, in ascending order or as `arriving` says; those of the one before may be gone."""
         ...
 
+    @property
+    def gated(self) -> Gated | None:
+        """The sizes of its experts where these are `Block`s, so that `blocks` may be asked for."""
+        ...
+
     def arriving(self) -> Iterator[int]:
         """Those that are not left out, in the order in which they come; each is to be asked for before the next."""
+        ...
+
+    def blocks(self) -> Iterator[Sequence[tuple[int, Block]]]:
+        """The same, all together that are there at a time, and as blocks; they stay until the next are asked for."""
         ...
 
     def close(self) -> None:
@@ -134,6 +145,7 @@ def _without(chosen: Tensor, weights: Tensor, skipped: list[int]) -> tuple[Tenso
     return torch.where(gone, other, chosen), weights.masked_fill(gone, 0)
 
 
+@cache
 def _is_usual(forward: Any) -> bool:
     """Whether a family's forward is, instruction by instruction, Mixtral's, as most families' is."""
     code, usual = forward.__code__, _USUAL.__code__
@@ -142,6 +154,8 @@ def _is_usual(forward: Any) -> bool:
 
 def _one_token(module: Any, service: Service, hidden: Tensor, chosen: Any, weights: Tensor) -> Tensor:
     """What the usual forward does to one token: experts compute as they arrive, and are summed in its own order."""
+    if service.gated is not None and isinstance(module.act_fn, nn.SiLU):
+        return _in_one_call(service, service.gated, hidden, chosen, weights)
     found = {expert: _usual_expert(module.act_fn, hidden, service[expert]) for expert in service.arriving()}
     service.close()
     out = torch.zeros_like(hidden)
@@ -149,6 +163,29 @@ def _one_token(module: Any, service: Service, hidden: Tensor, chosen: Any, weigh
         if expert in found:
             out.add_((found[expert] * weights[:, slot : slot + 1]).to(out.dtype))
     return out
+
+
+def _in_one_call(service: Service, sizes: Gated, hidden: Tensor, chosen: Any, weights: Tensor) -> Tensor:
+    """The same with packed experts: one call for all that are there, one for each that has yet to come."""
+    x = hidden if hidden.dtype in (torch.float32, torch.bfloat16) else hidden.float()
+    experts: list[int] = []
+    products: list[Tensor] = []
+    for group in service.blocks():
+        experts += [expert for expert, _ in group]
+        products.append(feed_forwards(x, [block for _, block in group], sizes))
+    service.close()
+    if not experts:
+        return torch.zeros_like(hidden)
+    shares = dict.fromkeys(
+        sorted(experts), 0.0
+    )  # so that the order of a sum says nothing of the order of arrival
+    routed: list[tuple[int, float]] = list(zip(chosen[0].tolist(), weights[0].tolist(), strict=True))  # pyright: ignore
+    for expert, weight in routed:
+        if expert in shares:
+            shares[expert] += weight
+    places = {expert: place for place, expert in enumerate(experts)}
+    ordered = torch.cat(products)[[places[expert] for expert in shares]]
+    return (torch.tensor([list(shares.values())]) @ ordered).to(hidden.dtype)
 
 
 def _usual_expert(act_fn: Any, hidden: Tensor, parts: Mapping[str, Tensor]) -> Tensor:

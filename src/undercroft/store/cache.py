@@ -16,13 +16,14 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self
 
 from undercroft.errors import InvalidInput, SpillMisuse
 from undercroft.events import Recorder
+from undercroft.store.arrivals import Arrivals
 from undercroft.store.loading import Arrival, Loader
 from undercroft.store.policy import EvictionPolicy, Lru
 from undercroft.store.record import Key, Record
@@ -110,9 +111,7 @@ class RecordCache:
             entry = self._shelf.entries.get(Key(*key))
             return entry is not None and not entry.loading
 
-    def fetch(
-        self, keys: Iterable[tuple[str, str]], *, priority: Priority = Priority.DEMAND
-    ) -> Iterator[tuple[Key, Lease]]:
+    def fetch(self, keys: Iterable[tuple[str, str]], *, priority: Priority = Priority.DEMAND) -> Arrivals:
         """Ask for records; they come as they arrive, those in memory first, each once.
 
         Reads begin now, in the order of the keys, for as many as there is room for, and for more as leases
@@ -136,7 +135,7 @@ class RecordCache:
             self._recorder.count("misses", len(request.pending))
             transfers = self._begin(request)
         self._loader.submit(transfers, priority)
-        return iter(partial(self._next, request), None)  # a generator would hold the lease it gave last
+        return Arrivals(partial(self._take, request))
 
     def foresee(
         self, keys: Iterable[tuple[str, str]], *, may_leave: Callable[[Key], bool] = lambda key: True
@@ -308,19 +307,19 @@ class RecordCache:
             for hint in self._shelf.superfluous(self._first_pending(request).occupied):
                 self._loader.cancel(hint)
 
-    def _next(self, request: Request) -> tuple[Key, Lease] | None:
-        """What arrived first of what was not handed over yet; None once everything was."""
+    def _take(self, request: Request, most: int | None) -> list[tuple[Key, Lease]]:
+        """What arrived first of what was not handed over yet; nothing once everything was."""
         check_process(self._process)
         patience = self._patience
         while True:
             with self._changed:
                 if request.is_complete():
-                    return None
+                    return []
                 self._check_open()
                 transfers = self._begin(request)
                 if not transfers:
                     if request.ready:
-                        return request.hand_over()
+                        return request.hand_over(most)
                     patience -= self._wait(request, patience)
             if transfers:
                 self._loader.submit(transfers, request.priority)

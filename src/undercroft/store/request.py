@@ -49,20 +49,25 @@ class Request:
         else:
             self.ready.append((key, outcome))
 
-    def hand_over(self) -> tuple[Key, Lease]:
-        """The first of what arrived.
+    def hand_over(self, most: int | None) -> list[tuple[Key, Lease]]:
+        """The first of what arrived, at most so many; all where that is None.
 
         Raises:
             Exception: why a record did not arrive; nothing more is wanted then.
         """
-        key, outcome = self.ready.popleft()
-        if isinstance(outcome, Lease):
-            return key, outcome
-        self.forget()
-        try:
-            raise outcome
-        finally:  # an error that its own frame names would wait for the garbage collector, with all that it holds
-            del outcome
+        given: list[tuple[Key, Lease]] = []
+        while self.ready and (most is None or len(given) < most):
+            key, outcome = self.ready.popleft()
+            if isinstance(outcome, Lease):
+                given.append((key, outcome))
+                continue
+            self.forget()
+            given.clear()
+            try:
+                raise outcome
+            finally:  # an error that its own frame names would wait for the garbage collector, with all that it holds
+                del outcome
+        return given
 
     def forget(self) -> None:
         """Want nothing more, and let go of what arrived: a traceback may keep this object alive."""
