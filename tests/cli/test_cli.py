@@ -23,6 +23,12 @@ def test_help_names_the_verbs() -> None:
     assert finished.stderr == ""
 
 
+@pytest.mark.parametrize("verb", ["pack", "run", "train"])
+def test_help_shows_an_example_on_a_line_of_its_own(verb: str) -> None:
+    lines = run(verb, "--help").stdout.splitlines()
+    assert lines[lines.index("  Example:") + 1].startswith(f"    undercroft {verb} ")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"]], ids=" ".join)
 def test_help_imports_nothing_that_takes_long(arguments: list[str]) -> None:
     script = (

@@ -27,7 +27,9 @@ app = typer.Typer(
 )
 
 for verb in (demo, doctor, pack, run, train):
-    app.command()(verb)
+    app.command(help=(verb.__doc__ or "").replace(r"\b", "\b"))(
+        verb
+    )  # which tells click to leave lines as they are
 app.add_typer(bench, name="bench")
 
 
