@@ -10,6 +10,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from undercroft.errors import BudgetExceeded, InvalidInput
+from undercroft.kernels import feed_forwards
 from undercroft.moe.driven import Driven
 from undercroft.moe.forwards import Forward, fold, forwards, twice
 from undercroft.moe.manifest import PackedLayer, PackedParameter
@@ -80,6 +81,24 @@ def test_what_is_streamed_is_what_is_resident(experts: PackedExperts, held: int)
         assert whole.engine.report().read_nbytes == before == 36 * record
         assert len({tuple(out.flatten().tolist()) for out in streamed}) == len(streamed) / 2 == 33
         assert all(0.01 < out.float().std() < 10 for out in streamed)
+
+
+def test_a_token_meets_packed_experts_in_one_call(tmp_path: Path) -> None:
+    with random_experts(tmp_path / "experts", shape()) as experts:
+        trace = routing()
+        with Driven(experts, used=3, budget=36 * trace.expert_nbytes[0]) as driven:
+            resident, decoded = driven.resident(), 0
+            for each, out in zip(steps(trace), driven.run(steps(trace)), strict=True):
+                if len(each.chosen) > 1:
+                    continue
+                held = resident.held[each.layer]
+                assert held.gated is not None
+                order = sorted(range(3), key=each.chosen[0].tolist().__getitem__)
+                blocks = [held.blocks[each.chosen[0].tolist()[slot]] for slot in order]
+                products = feed_forwards(each.hidden, blocks, held.gated)
+                assert torch.equal(out, (each.weights[:, order].float() @ products).to(out.dtype))
+                decoded += 1
+            assert decoded > 10
 
 
 def test_products_are_those_of_stock_transformers(tmp_path: Path) -> None:

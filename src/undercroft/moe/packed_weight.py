@@ -54,19 +54,6 @@ def multiply(x: Tensor, matrix: PackedMatrix) -> Tensor:
     return product.view(*x.shape[:-1], matrix.rows).to(x.dtype)
 
 
-def feed_forward(x: Tensor, gate_up: PackedMatrix, down: PackedMatrix) -> Tensor | None:
-    """``down(silu(gate(x)) * up(x))`` in one call, in the dtype of `x`: (tokens, width) to the same.
-
-    Returns:
-        None where the matrices are not as one call takes them.
-    """
-    if gate_up.transposed or down.transposed or down.inputs is not None:
-        return None
-    x_taken = _taken(x, gate_up)
-    formats = gate_up.format, down.format
-    return kernels.expert(x_taken, gate_up.packed, down.packed, *formats, down.columns).to(x.dtype)
-
-
 def _taken(x: Tensor, matrix: PackedMatrix) -> Tensor:
     """Activations as a matrix wants them."""
     scaled = x if matrix.inputs is None else x * matrix.inputs

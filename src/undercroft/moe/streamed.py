@@ -12,14 +12,14 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
+from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from undercroft.errors import UnsupportedModel
 from undercroft.kernels import Block, Gated, feed_forwards
-from undercroft.moe.packed_weight import PackedWeight, feed_forward
 
 IMPLEMENTATION = "undercroft"
 """What transformers calls this way to run experts."""
@@ -154,7 +154,7 @@ def _is_usual(forward: Any) -> bool:
 
 def _one_token(module: Any, service: Service, hidden: Tensor, chosen: Any, weights: Tensor) -> Tensor:
     """What the usual forward does to one token: experts compute as they arrive, and are summed in its own order."""
-    if service.gated is not None and isinstance(module.act_fn, nn.SiLU):
+    if service.gated is not None and isinstance(module.act_fn, _SILU):
         return _in_one_call(service, service.gated, hidden, chosen, weights)
     found = {expert: _usual_expert(module.act_fn, hidden, service[expert]) for expert in service.arriving()}
     service.close()
@@ -191,13 +191,10 @@ def _in_one_call(service: Service, sizes: Gated, hidden: Tensor, chosen: Any, we
 def _usual_expert(act_fn: Any, hidden: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
     """By itself, so that its weights are let go of before the next expert is asked for."""
     gate_up, down = parts["gate_up_proj"], parts["down_proj"]
-    if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight) and isinstance(act_fn, nn.SiLU):
-        product = feed_forward(hidden, gate_up.matrix, down.matrix)
-        if product is not None:
-            return product
     gate, up = linear(hidden, gate_up).chunk(2, dim=-1)
     return linear(act_fn(gate) * up, down)
 
 
+_SILU: Any = tuple(type(ACT2FN[name]) for name in ("silu", "swish"))  # pyright: ignore
 _USUAL: Any = MixtralExperts.forward.__wrapped__  # pyright: ignore
 ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = streamed_forward

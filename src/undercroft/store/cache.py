@@ -132,6 +132,8 @@ class RecordCache:
             self._check_open()
             for key in wanted:
                 self._ask(request, key)
+            self._recorder.count("hits", len(request.ready))
+            self._recorder.count("waits", len(request.flying))
             self._recorder.count("misses", len(request.pending))
             transfers = self._begin(request)
         self._loader.submit(transfers, priority)
@@ -245,9 +247,10 @@ class RecordCache:
         return home
 
     def _wanted(self, keys: Iterable[tuple[str, str]]) -> list[Key]:
-        wanted = list(dict.fromkeys(Key(*key) for key in keys))
-        for key in wanted:
-            self._home(key)
+        wanted = list(dict.fromkeys(key if isinstance(key, Key) else Key(*key) for key in keys))
+        if not self._homes.keys() >= set(wanted):
+            for key in wanted:
+                self._home(key)
         return wanted
 
     def _check_open(self) -> None:
@@ -265,7 +268,6 @@ class RecordCache:
         if entry is None:
             request.pending[key] = None
         else:
-            self._recorder.count("waits" if entry.loading else "hits")
             self._join(request, entry)
 
     def _join(self, request: Request, entry: Entry) -> None:
