@@ -1,6 +1,7 @@
 # Each target sets up what it needs. Only Python 3.11 or newer, make and a base Linux are assumed.
 PYTHON ?= python3
-PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
+PYTEST_ARGS ?= -n auto --maxprocesses 4
+CHECKED := tests/test_import_direction.py tests/test_docs.py
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -22,14 +23,18 @@ demo: install
 	$(BIN)/undercroft demo
 
 test: install
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --dist loadfile $(addprefix --ignore=,$(CHECKED))
 
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q tests/test_import_direction.py tests/test_docs.py
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS) $(CHECKED)
 
 bench: install
 	$(BIN)/undercroft bench store
 	$(BIN)/undercroft bench train
+	$(BIN)/undercroft bench kernels
+	$(BIN)/undercroft bench overlap
+	$(BIN)/undercroft bench prefetch
+	$(BIN)/undercroft bench quality
