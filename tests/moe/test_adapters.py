@@ -12,7 +12,6 @@ from tests.moe.conftest import prompt, stock
 from undercroft.errors import UnsupportedModel
 from undercroft.moe.load import load_moe
 
-
 PEFT_IS_OLDER = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_OLDER)
 
