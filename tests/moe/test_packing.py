@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from undercroft import kernels
 from undercroft.errors import CorruptRecord, InvalidInput, UnsupportedModel
+from undercroft.kernels.format import Format
 from undercroft.moe.levels import factors, levels_of
 from undercroft.moe.manifest import PackedParameter
-from undercroft.moe.packing import ALIGNMENT, KINDS, arrange, blocks, parse_parts, view
+from undercroft.moe.packing import ALIGNMENT, KINDS, Part, arrange, blocks, parse_parts
 
 WIDTHS = (1, 7, 32, 48, 64, 96, 128, 192)
 shapes = st.one_of(
@@ -21,6 +23,12 @@ shapes = st.one_of(
     st.tuples(st.sampled_from(WIDTHS)),
     st.tuples(st.sampled_from(WIDTHS), st.sampled_from(WIDTHS)),
 )
+
+
+def view(part: Part, content: Tensor) -> Tensor:
+    """A part's bytes of a record's: in its dtype and shape, or packed and levels."""
+    mine = content[part.offset : part.offset + part.nbytes]
+    return mine if isinstance(part.content, Format) else mine.view(part.content).view(part.shape)
 
 
 def parameter(name: str, shape: tuple[int, ...], stored: torch.dtype = torch.float32) -> PackedParameter:

@@ -23,7 +23,7 @@ _CUTS = {
     4: ((0.0, 0.0), (0.02, 0.02), (0.04, 0.04), (0.0, 0.04), (0.04, 0.0)),
     2: ((0.15, 0.15), (0.1, 0.25), (0.25, 0.1), (0.05, 0.15), (0.15, 0.05)),
 }
-_PIECE = 1 << 16  # weights that are worked on at a time
+_PIECE = 1 << 18  # weights that are worked on at a time
 _LARGEST, _SMALLEST = 1e38, 1e-37
 
 

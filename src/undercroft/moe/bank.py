@@ -37,8 +37,7 @@ class Parameter:
     strides: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        strides = tuple(math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
-        object.__setattr__(self, "strides", strides)
+        object.__setattr__(self, "strides", strides_of(self.shape))
 
     @property
     def nbytes(self) -> int:
@@ -73,3 +72,19 @@ class Layer:
             UnsupportedModel: see `recipe.item`.
         """
         return {name: item(each.recipe, expert) for name, each in self.parameters.items()}
+
+
+def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor, in elements."""
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def view_of(
+    storage: torch.UntypedStorage,
+    place: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+) -> torch.Tensor:
+    """A tensor over a storage's bytes from `place` on: one call, where slices and views would be four."""
+    return torch.empty(0, dtype=dtype).set_(storage, place // dtype.itemsize, shape, strides)  # pyright: ignore

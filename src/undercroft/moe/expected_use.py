@@ -26,6 +26,8 @@ from undercroft.store.record import Key
 
 _RATES = np.array([1.0, 1 / 16, 1 / 256, 0.0])
 """How much of each view the newest token is; the last view is fixed: all experts are alike."""
+_LONG = 256
+"""Tokens from which on the newest is no more of any view than its rate."""
 _LEARNING = 0.1
 """How much the weights follow one token, all layers together: ten tokens of a new text tell which view holds."""
 _LEAST_WEIGHT = 0.01
@@ -102,7 +104,6 @@ class ExpectedUse(Layered):
         if not wanted:
             return
         experts = [each.expert for each in wanted]
-        shares = np.array([each.tokens for each in wanted]) / tokens
         views = self._views[layer]
         expected = views[:, experts]
         if tokens == 1:
@@ -110,7 +111,9 @@ class ExpectedUse(Layered):
         self._seen[layer] += tokens
         gains = self._gains(layer, tokens)
         views *= 1 - gains
-        views[:, experts] = expected * (1 - gains) + gains * shares
+        views[:, experts] += (
+            gains * (np.array([each.tokens for each in wanted]) / tokens) if tokens > 1 else gains
+        )
         self._chances[layer] = self._weights @ views
         if self._low_costs:
             self._learn_classes(layer, experts, wanted)
@@ -118,6 +121,8 @@ class ExpectedUse(Layered):
 
     def _gains(self, layer: int, tokens: int) -> NDArray[np.float64]:
         """How much of each view the newest tokens are: at least as much as of the mean of all so far."""
+        if tokens == 1 and self._seen[layer] > _LONG:
+            return _RATES[:, None]
         gains = 1 - (1 - _RATES) ** tokens
         gains[:-1] = np.maximum(gains[:-1], tokens / (self._seen[layer] + 1))
         return gains[:, None]
@@ -125,7 +130,7 @@ class ExpectedUse(Layered):
     def _reweigh(self, expected: NDArray[np.float64]) -> None:
         """Follow the views that had expected these uses; `expected` is (views, uses)."""
         parts = self._weights[:, None] * expected
-        credit = (parts / parts.sum(axis=0)).mean(axis=1)
+        credit = (parts / parts.sum(axis=0)).sum(axis=1) / parts.shape[1]
         self._weights = _floored(self._weights + _LEARNING / self._stock.layers * (credit - self._weights))
 
     def _learn_classes(self, layer: int, experts: list[int], wanted: Sequence[Wanted]) -> None:

@@ -23,7 +23,7 @@ from undercroft.errors import CorruptRecord, InvalidInput, TransferFailed
 from undercroft.kernels import Block
 from undercroft.models.checkpoint import Checkpoint, Version
 from undercroft.models.recipe import Array, Recipe, Stored, assemble, is_plain, leaves
-from undercroft.moe.bank import Layer
+from undercroft.moe.bank import Layer, view_of
 from undercroft.moe.stock import Stock
 from undercroft.store.disk import DiskFile, Syscalls, open_file
 from undercroft.store.ranges import BLOCK, round_up
@@ -119,7 +119,7 @@ class IndexedExperts:
         """An expert's parameters, as stored, over a lease that holds it, which they keep alive."""
         storage, expert = lease.storage(0, lease.nbytes), self._experts[key]
         return {
-            name: _view(storage, expert.places[name], each.stored, each.shape, each.strides)
+            name: view_of(storage, expert.places[name], each.stored, each.shape, each.strides)
             for name, each in expert.layer.parameters.items()
         }
 
@@ -269,16 +269,6 @@ def _one_after_another(layer: Layer) -> dict[str, int]:
         places[name] = end
         end += round_up(each.nbytes, 8)
     return places
-
-
-def _view(
-    storage: torch.UntypedStorage,
-    place: int,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype).set_(storage, place // dtype.itemsize, shape, strides)  # pyright: ignore
 
 
 def _open(path: Path, syscalls: Syscalls | None) -> DiskFile:

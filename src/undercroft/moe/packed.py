@@ -21,10 +21,11 @@ from undercroft.kernels.block import Block, Gated, available
 from undercroft.kernels.format import Format, packed_nbytes
 from undercroft.kernels.quantise import dequantise
 from undercroft.models.checkpoint import StoredTensor
+from undercroft.moe.bank import strides_of, view_of
 from undercroft.moe.dense import digest_of
 from undercroft.moe.levels import factors
 from undercroft.moe.manifest import DENSE, FILE, Manifest, PackedLayer, read_whole, records_file
-from undercroft.moe.packing import Part, parse_parts, view
+from undercroft.moe.packing import Part, parse_parts
 from undercroft.moe.stock import Stock
 from undercroft.store.disk import Syscalls
 from undercroft.store.index import index_path
@@ -67,9 +68,11 @@ class PackedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A part, and what of it is wanted at every read: where a quantised matrix ends, and its shape."""
+    """A part, and what of it is wanted at every read: of a quantised matrix its end and shape, else the strides."""
 
     part: Part
+    dtype: torch.dtype = torch.uint8
+    strides: tuple[int, ...] = ()
     format: Format | None = None
     end: int = 0
     rows: int = 0
@@ -79,9 +82,9 @@ class _Slot:
     def of(part: Part) -> _Slot:
         """Of a part."""
         if not isinstance(part.content, Format):
-            return _Slot(part)
+            return _Slot(part, part.content, strides_of(part.shape))
         end = part.offset + packed_nbytes(part.content, *part.matrix)
-        return _Slot(part, part.content, end, *part.matrix)
+        return _Slot(part, format=part.content, end=end, rows=part.matrix[0], columns=part.matrix[1])
 
 
 class PackedExperts:
@@ -119,8 +122,8 @@ class PackedExperts:
             key: from `PackedLayer.key`.
             lease: of the record's bytes. Do not write to what is returned.
         """
-        content = torch.empty(0, dtype=torch.uint8).set_(lease.storage(0, lease.nbytes))  # pyright: ignore
-        return {slot.part.name: self._usable(key, slot, content) for slot in self._slots[key]}
+        storage = lease.storage(0, lease.nbytes)
+        return {slot.part.name: self._usable(key, slot, storage) for slot in self._slots[key]}
 
     def gated(self, layer: int) -> Gated | None:
         """The sizes of a layer's experts, where each copy is a `Block` that the kernels here can compute."""
@@ -191,18 +194,18 @@ class PackedExperts:
             fields += [slot.part.offset, levels, matrix.format.bits, matrix.format.group]
         return Block._make(fields)
 
-    def _usable(self, key: Key, slot: _Slot, content: Tensor) -> Tensor | PackedMatrix:
+    def _usable(self, key: Key, slot: _Slot, storage: torch.UntypedStorage) -> Tensor | PackedMatrix:
         part = slot.part
         if slot.format is None:
-            return view(part, content)
+            return view_of(storage, part.offset, slot.dtype, part.shape, slot.strides)
         inputs = None
         if part.levelled and (key, part.name) not in self._level:
-            levels = content[slot.end : slot.end + slot.columns].view(torch.int8)
+            levels = view_of(storage, slot.end, torch.int8, (slot.columns,), (1,))
             if levels.any():
                 inputs = factors(levels)
             else:
                 self._level.add((key, part.name))
-        packed = content[part.offset : slot.end]
+        packed = view_of(storage, part.offset, torch.uint8, (slot.end - part.offset,), (1,))
         return PackedMatrix(packed, slot.format, slot.rows, slot.columns, part.transposed, inputs)
 
     def _sizes(self, kind: str) -> list[int]:

@@ -216,14 +216,3 @@ def _converted(part: Part, parameter: Tensor) -> Tensor:
         return torch.cat([quantise(matrix.float() / factors(levels), part.content), levels.view(torch.uint8)])
     except InvalidInput as error:
         raise InvalidInput(f"{part.name}: {error}") from error
-
-
-def view(part: Part, content: Tensor) -> Tensor:
-    """A part's bytes as they are to be used: in its dtype and shape, or packed and levels, uint8 [nbytes].
-
-    Args:
-        part: which.
-        content: uint8, of the whole record.
-    """
-    mine = content[part.offset : part.offset + part.nbytes]
-    return mine if isinstance(part.content, Format) else mine.view(part.content).view(part.shape)
