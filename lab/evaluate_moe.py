@@ -1,10 +1,11 @@
 """What a Mixture-of-Experts model of ours can do, at full precision and with quantised experts.
 
-    python lab/evaluate_moe.py CORPUS MODEL                 # MODEL gets evaluation.json and its card README.md
+    python lab/evaluate_moe.py CORPUS MODEL                 # MODEL gets evaluation.json
     python lab/evaluate_moe.py CORPUS MODEL --export RUN    # first writes MODEL from the checkpoint of a training run
 
-The second line is the one command that finishes the bundled model. Quantised weights are put back into the float32
-model after quantising and dequantising, so the figures are those of what the weights lost, and of nothing else.
+The second line finishes the bundled model but for its card, which `moe_card.py` writes. Quantised weights are put back
+into the float32 model after quantising and dequantising, so the figures are those of what the weights lost, and of
+nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from moe_card import card_of
 from torch import Tensor
 from train_moe import held_out_loss, held_out_windows, new_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -256,7 +256,6 @@ def main() -> None:
         export(options.corpus, options.export, options.model)
     report = evaluate(options.corpus, options.model)
     (options.model / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.model / "README.md").write_text(card_of(options.model))
     print(json.dumps(report, indent=1))
 
 

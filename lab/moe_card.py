@@ -1,8 +1,9 @@
 """The card of the bundled Mixture-of-Experts model, written from the files that training and evaluation left.
 
-    python lab/moe_card.py MODEL
+    python lab/moe_card.py MODEL benchmarks/results/quality.json
 
-Every figure of the card comes from MODEL/training.json, MODEL/evaluation.json or MODEL/config.json.
+Every figure of the card comes from MODEL/training.json, MODEL/evaluation.json, MODEL/config.json, or from what
+`undercroft bench quality --results benchmarks/results` wrote.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ another version of PyTorch may change last bits, and with them the weights):
     python lab/moe_corpus.py CORPUS
     python lab/train_moe.py CORPUS RUN
     python lab/evaluate_moe.py CORPUS MODEL --export RUN
+    undercroft bench quality --results benchmarks/results
+    python lab/moe_card.py MODEL benchmarks/results/quality.json
 
 {curve}
 
@@ -72,6 +75,14 @@ large models.
 
 {formats}
 
+## Qualities
+
+As `undercroft bench quality` found them: {held:.0%} of the experts in memory, windows of {read} tokens that it
+was not trained on, read one by one. The change is against full precision; the low mass is the share of the gate mass
+that was served by low copies. "synthetic outliers" is the model rescaled as above.
+
+{qualities}
+
 ## Routing
 
 On the held-out text and exercises. Even use would be an entropy of 1 and a share of {even:.4f} for each expert.
@@ -80,8 +91,9 @@ On the held-out text and exercises. Even use would be an entropy of 1 and a shar
 """
 
 
-def card_of(folder: Path) -> str:
+def card_of(folder: Path, quality: Path) -> str:
     """The card as text."""
+    found = json.loads(quality.read_text())["figures"]
     training, evaluation, config = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("training", "evaluation", "config")
     )
@@ -100,6 +112,9 @@ def card_of(folder: Path) -> str:
         marks=_table((*full["exact_match_by_skill"], "mean"), [_marks(full)]),
         outliers=evaluation["outliers"],
         formats=_formats(evaluation),
+        held=found["settings"]["share"],
+        read=found["settings"]["length"],
+        qualities=_qualities(found["runs"]),
         even=1 / config["num_local_experts"],
         routing=_routing(evaluation["routing"]),
     )
@@ -151,6 +166,23 @@ def _formats(evaluation: dict[str, Any]) -> str:
     return _table(("experts", "perplexity", "ratio", "exact match %"), rows)
 
 
+def _qualities(runs: list[dict[str, Any]]) -> str:
+    names = ("model", "quality", "perplexity", "change", "same likeliest token", "low mass", "exact match %")
+    rows = (
+        (
+            each["model"],
+            each["quality"],
+            f"{each['perplexity']:.3f}",
+            f"{each['fidelity']['perplexity_change']:+.2%}",
+            f"{each['fidelity']['top_agreement']:.1%}",
+            f"{each['low_mass']:.1%}",
+            "" if each["exact_match"] is None else f"{each['exact_match']:.1f}",
+        )
+        for each in runs
+    )
+    return _table(names, rows)
+
+
 def _routing(layers: list[dict[str, float]]) -> str:
     names = ("layer", "entropy of use", "least share", "largest share", "bits about the domain")
     return _table(names, ((number, *layer.values()) for number, layer in enumerate(layers)))
@@ -163,5 +195,5 @@ def _table(names: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 if __name__ == "__main__":
-    model = Path(sys.argv[1])
-    (model / "README.md").write_text(card_of(model))
+    model, quality = map(Path, sys.argv[1:])
+    (model / "README.md").write_text(card_of(model, quality))

@@ -17,6 +17,7 @@ from undercroft.bench.quality_runs import OUTLIERS, PLAIN, Found, Progress, Qual
 from undercroft.bench.verdict import Line
 from undercroft.moe.importance import Importance, classify, weigh_token
 from undercroft.moe.quality import Quality
+from undercroft.moe.reading import one_thread
 from undercroft.moe.simulate import simulate
 from undercroft.moe.trace import Trace
 
@@ -31,12 +32,12 @@ _SMALL_BUDGET = "12.5%"
 
 
 def measure_quality(settings: QualitySettings, progress: Progress) -> Answer:
-    """Read and ask with every quality.
+    """Read and ask with every quality, on one thread.
 
     Raises:
         TierFull, UnsafeDirectory: there is no room for packed experts among the temporary files.
     """
-    with tempfile.TemporaryDirectory(prefix="undercroft-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="undercroft-bench-") as folder, one_thread():
         runs = QualityRuns(settings, Path(folder), progress)
         found = [runs.exact()]
         for model in (PLAIN, OUTLIERS):

@@ -140,7 +140,7 @@ class QualityRuns:
         return self._found(model, name, opened, is_asked=is_asked)
 
     def _found(self, model: str, name: str, opened: Any, *, is_asked: bool) -> Found:
-        reading = read(opened, self._windows)
+        reading = read(opened, self._windows, self._told)
         report = expert_report(opened)
         if self._best is None:
             self._best, self.trace = reading, engine_of(opened).trace()
@@ -157,6 +157,10 @@ class QualityRuns:
             nbytes_per_token=report.read_nbytes / reading.forwards,
             exact_match=self._examine(opened) if is_asked and self._paper else None,
         )
+
+    def _told(self, done: int, total: int) -> None:
+        if done % self._settings.length == 0:
+            self._progress(f"  {done} of {total} tokens read")
 
     def _compare_in_memory(self) -> int:
         assert self._best is not None

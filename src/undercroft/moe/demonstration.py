@@ -7,8 +7,7 @@ the same text. Invariant: nothing is downloaded, and nothing is left behind.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from undercroft.moe.headroom import token_nbytes
 from undercroft.moe.load import expert_report, load_moe
 from undercroft.moe.pack import pack
 from undercroft.moe.quality import Quality
-from undercroft.moe.reading import Reading, compare, read, windows_of
+from undercroft.moe.reading import Reading, compare, one_thread, read, windows_of
 
 SHARE = 0.25
 """Of the bytes of all experts, what the streamed ways may hold."""
@@ -108,7 +107,7 @@ def show_streaming(
     windows = [_window(tokenizer, documents, tokens) for documents in texts.values()]
     asked = tokenizer.ask([{"role": "user", "content": question}])
     told = watch or _unwatched
-    with tempfile.TemporaryDirectory(prefix="undercroft-demo-") as name, _one_thread():
+    with tempfile.TemporaryDirectory(prefix="undercroft-demo-") as name, one_thread():
         sources, nbytes = _packed(model, Path(name))
         resident: Any = open_causal_model(model, precision="stored").module
         resident.set_experts_implementation("eager")
@@ -181,13 +180,3 @@ def _write(model: Any, asked: list[int]) -> list[int]:
         do_sample=False,
     )
     return written[0, len(asked) :].tolist()
-
-
-@contextmanager
-def _one_thread() -> Generator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

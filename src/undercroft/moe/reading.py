@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,3 +133,14 @@ def windows_of(
     if len(text) < length * count:
         raise InvalidInput(f"{count} windows of {length} tokens were asked of a text of {len(text)}")
     return [text[start : start + length] for start in range(0, length * count, length)]
+
+
+@contextmanager
+def one_thread() -> Generator[None]:
+    """For models so small that a second thread costs more than it does: the first waits for it at every layer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
