@@ -237,7 +237,7 @@ def _note(found: Measured) -> str:
 
 def _conditions(settings: OverlapSettings, measured: list[Measured]) -> str:
     made = f"a synthetic trace (skew {SKEW}, stickiness {STICKINESS})"
-    origin = made if settings.trace is None else f"the trace {settings.trace}"
+    origin = made if settings.trace is None else f"the trace {Path(settings.trace).name}"
     return (
         f"routed by {origin}, {settings.policy}; {settings.rounds} rounds, {torch.get_num_threads()} threads, "
         f"{settings.readers} readers, {kernels.backend()}; there is no dense part"
@@ -247,7 +247,7 @@ def _conditions(settings: OverlapSettings, measured: list[Measured]) -> str:
 def _figures(settings: OverlapSettings, measured: list[Measured]) -> dict[str, Any]:
     stated = asdict(settings)
     return {
-        "settings": {**stated, **{name: str(stated[name]) for name in ("directory", "trace")}},
+        "settings": {**stated, "directory": None, "trace": settings.trace and Path(settings.trace).name},
         "kinds": {
             each.work.name: {
                 "layers": each.work.shape.layers,
