@@ -90,5 +90,5 @@ def test_the_verb_follows_a_trace(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     [answer] = json.loads(done.stdout)["answers"]
     assert len(answer["lines"]) == 5
-    assert f"the trace {trace}" in " ".join(answer["notes"])
+    assert f"the trace {trace.name}," in " ".join(answer["notes"])
     assert [path.name for path in tmp_path.iterdir()] == ["trace.csv"]
