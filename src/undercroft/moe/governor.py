@@ -35,7 +35,7 @@ class Limits:
         window: forwards between two decisions.
         least_precise: share of an expert's predictions that must have come true for it to be read, 0 to 1.
         least_useful: share of the bytes read ahead that must have been wanted.
-        least_waiting: share of the time spent waiting for reads below which there is nothing to gain.
+        least_waiting: share of the time spent waiting for reads below which a gain would not pay for predicting.
         most_waiting: the share above which the disk has no time for anything but demands.
         least_gain: how much of the time spent waiting must be won when the depth rises.
         longest_pause: windows between two trials of a depth that never pays.
@@ -48,7 +48,7 @@ class Limits:
     window: int = 8
     least_precise: float = 0.7
     least_useful: float = 0.6
-    least_waiting: float = 0.02
+    least_waiting: float = 0.1
     most_waiting: float = 0.9
     least_gain: float = 0.05
     longest_pause: int = 64
