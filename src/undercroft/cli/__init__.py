@@ -27,9 +27,8 @@ app = typer.Typer(
 )
 
 for verb in (demo, doctor, pack, run, train):
-    app.command(help=(verb.__doc__ or "").replace(r"\b", "\b"))(
-        verb
-    )  # which tells click to leave lines as they are
+    shown = (verb.__doc__ or "").replace(r"\b", "\b")  # which tells click to leave lines as they are
+    app.command(help=shown)(verb)
 app.add_typer(bench, name="bench")
 
 

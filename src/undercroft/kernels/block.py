@@ -74,7 +74,7 @@ def feed_forwards(x: Tensor, blocks: Sequence[Block], sizes: Gated) -> Tensor:
     if x.shape != (1, sizes.width) or x.dtype not in DTYPES or not x.is_cpu or not blocks:
         raise InvalidInput(
             f"one token [1, {sizes.width}] of float32 or bfloat16 on the CPU meets blocks, not {list(x.shape)} of "
-            f"{x.dtype} on {x.device} {len(blocks)} blocks"
+            f"{x.dtype} on {x.device} and {len(blocks)} blocks"
         )
     found = library.load()
     assert found is not None, "asked for where `available` says no"

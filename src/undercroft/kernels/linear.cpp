@@ -259,7 +259,7 @@ void in_parallel(int threads, int64_t tasks, const Task& task) {
     body(&work);
 }
 
-// fill(column, count, values) writes the activations of one group of the row as float.
+// Of one row; fill(column, count, values) writes the activations of one group as float.
 template <class Fill>
 void quantise_row(const Loops& loops, Activations& x, int64_t row, const Matrix& w, const Fill& fill) {
   float values[kLargestGroup];
@@ -268,6 +268,17 @@ void quantise_row(const Loops& loops, Activations& x, int64_t row, const Matrix&
     int8_t* codes = x.codes.get() + row * w.columns + g * w.group;
     x.groups[row * w.groups + g] = loops.quantise(values, w.group, codes);
   }
+}
+
+// fill(row, column, count, values) does so for each row.
+template <class Fill>
+Activations quantise(const Loops& loops, int threads, int64_t rows, const Matrix& w, const Fill& fill) {
+  Activations x(rows, w);
+  in_parallel(team(threads, rows * w.columns), rows, [&](int64_t row) {
+    quantise_row(loops, x, row, w,
+                 [&](int64_t column, int64_t count, float* values) { fill(row, column, count, values); });
+  });
+  return x;
 }
 
 inline uint16_t to_bf16(float value) {  // to the nearest, ties to even; a NaN stays one
@@ -336,23 +347,15 @@ void level(const int8_t* levels, int64_t at, int64_t count, float* values) {
 }
 
 Activations quantise_input(const Loops& loops, int threads, int64_t rows, const Matrix& w, const void* x, bool bf16) {
-  Activations codes(rows, w);
-  in_parallel(team(threads, rows * w.columns), rows, [&](int64_t row) {
-    quantise_row(loops, codes, row, w, [&](int64_t column, int64_t count, float* values) {
-      load_input(x, bf16, row * w.columns + column, count, values);
-    });
+  return quantise(loops, threads, rows, w, [&](int64_t row, int64_t column, int64_t count, float* values) {
+    load_input(x, bf16, row * w.columns + column, count, values);
   });
-  return codes;
 }
 
 Activations quantise_gated(const Loops& loops, int threads, int64_t rows, const Matrix& w, const float* hidden) {
-  Activations codes(rows, w);
-  in_parallel(team(threads, rows * w.columns), rows, [&](int64_t row) {
-    quantise_row(loops, codes, row, w, [&](int64_t column, int64_t count, float* values) {
-      load_gated(hidden + row * 2 * w.columns, w.columns, column, count, values);
-    });
+  return quantise(loops, threads, rows, w, [&](int64_t row, int64_t column, int64_t count, float* values) {
+    load_gated(hidden + row * 2 * w.columns, w.columns, column, count, values);
   });
-  return codes;
 }
 
 void multiply_into(const Loops& loops, int threads, int64_t rows, const Activations& x, const Matrix& w, void* out,

@@ -130,7 +130,7 @@ class PackedExperts:
         found = next(each for each in self.layers if each.number == layer)
         kinds = (self.high,) if self.low is None else (self.high, self.low)
         layouts = [self._slots[found.key(expert, kind)] for expert in range(found.experts) for kind in kinds]
-        sizes = {_gated(slots) for slots in {id(each): each for each in layouts}.values()}
+        sizes = set(map(_gated, layouts))
         return sizes.pop() if len(sizes) == 1 and available() else None
 
     def block(self, key: Key, lease: Lease) -> Block:

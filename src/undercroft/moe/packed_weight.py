@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from undercroft import kernels
+from undercroft.kernels.linear import DTYPES
 from undercroft.moe.packed import PackedMatrix
-
-_TAKEN = (torch.float32, torch.bfloat16)
 
 
 class PackedWeight(torch.Tensor):
@@ -49,15 +48,11 @@ class PackedWeight(torch.Tensor):
 
 def multiply(x: Tensor, matrix: PackedMatrix) -> Tensor:
     """``x @ matrix.t()`` in the dtype of `x`: (…, columns) to (…, rows)."""
-    rows = _taken(x, matrix).reshape(-1, matrix.columns)
+    scaled = x if matrix.inputs is None else x * matrix.inputs
+    taken = scaled if scaled.dtype in DTYPES else scaled.float()
+    rows = taken.reshape(-1, matrix.columns)
     product = kernels.linear(rows, matrix.packed, matrix.format, matrix.rows)
     return product.view(*x.shape[:-1], matrix.rows).to(x.dtype)
-
-
-def _taken(x: Tensor, matrix: PackedMatrix) -> Tensor:
-    """Activations as a matrix wants them."""
-    scaled = x if matrix.inputs is None else x * matrix.inputs
-    return scaled if scaled.dtype in _TAKEN else scaled.float()
 
 
 def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -20,6 +20,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from undercroft.errors import UnsupportedModel
 from undercroft.kernels import Block, Gated, feed_forwards
+from undercroft.kernels.linear import DTYPES
 
 IMPLEMENTATION = "undercroft"
 """What transformers calls this way to run experts."""
@@ -167,7 +168,7 @@ def _one_token(module: Any, service: Service, hidden: Tensor, chosen: Any, weigh
 
 def _in_one_call(service: Service, sizes: Gated, hidden: Tensor, chosen: Any, weights: Tensor) -> Tensor:
     """The same with packed experts: one call for all that are there, one for each that has yet to come."""
-    x = hidden if hidden.dtype in (torch.float32, torch.bfloat16) else hidden.float()
+    x = hidden if hidden.dtype in DTYPES else hidden.float()
     experts: list[int] = []
     products: list[Tensor] = []
     for group in service.blocks():
@@ -176,23 +177,22 @@ def _in_one_call(service: Service, sizes: Gated, hidden: Tensor, chosen: Any, we
     service.close()
     if not experts:
         return torch.zeros_like(hidden)
-    shares = dict.fromkeys(
-        sorted(experts), 0.0
-    )  # so that the order of a sum says nothing of the order of arrival
+    shares = dict.fromkeys(experts, 0.0)
     routed: list[tuple[int, float]] = list(zip(chosen[0].tolist(), weights[0].tolist(), strict=True))  # pyright: ignore
     for expert, weight in routed:
         if expert in shares:
             shares[expert] += weight
-    places = {expert: place for place, expert in enumerate(experts)}
-    ordered = torch.cat(products)[[places[expert] for expert in shares]]
-    return (torch.tensor([list(shares.values())]) @ ordered).to(hidden.dtype)
+    order = sorted(
+        range(len(experts)), key=experts.__getitem__
+    )  # a sum does not depend on the order of arrival
+    weighted = torch.tensor([[shares[experts[place]] for place in order]]) @ torch.cat(products)[order]
+    return weighted.to(hidden.dtype)
 
 
 def _usual_expert(act_fn: Any, hidden: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
     """By itself, so that its weights are let go of before the next expert is asked for."""
-    gate_up, down = parts["gate_up_proj"], parts["down_proj"]
-    gate, up = linear(hidden, gate_up).chunk(2, dim=-1)
-    return linear(act_fn(gate) * up, down)
+    gate, up = linear(hidden, parts["gate_up_proj"]).chunk(2, dim=-1)
+    return linear(act_fn(gate) * up, parts["down_proj"])
 
 
 _SILU: Any = tuple(type(ACT2FN[name]) for name in ("silu", "swish"))  # pyright: ignore

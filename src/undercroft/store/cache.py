@@ -248,9 +248,8 @@ class RecordCache:
 
     def _wanted(self, keys: Iterable[tuple[str, str]]) -> list[Key]:
         wanted = list(dict.fromkeys(key if isinstance(key, Key) else Key(*key) for key in keys))
-        if not self._homes.keys() >= set(wanted):
-            for key in wanted:
-                self._home(key)
+        for key in wanted:
+            self._home(key)
         return wanted
 
     def _check_open(self) -> None:
