@@ -23,7 +23,6 @@ from undercroft.bench.process import Holdings, Usage
 from undercroft.store import heap
 
 MEASURE_IDLE = "measure idle"
-_WHATEVER_FITS = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +140,7 @@ def main() -> None:
     given: dict[str, Any] = json.loads(sys.argv[1])
     settings = Settings(shape=Shape(**given.pop("shape")), **given)
     if settings.settle_heap:
-        heap.Heap(patience=_WHATEVER_FITS)  # spilling sets its own, lower
+        heap.settle()
     trainer = Trainer(settings)
     for line in sys.stdin:
         step = trainer.step(measure_idle=line.strip() == MEASURE_IDLE)

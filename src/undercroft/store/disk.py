@@ -163,7 +163,7 @@ class DiskFile:
         done = stuck = failures = 0
         while done < need:
             try:
-                moved = call(self.fd, _rest(iovecs, done), offset + done)
+                moved = call(self.fd, _rest(iovecs, done) if done else iovecs, offset + done)
             except OSError as error:
                 failures += error.errno not in _AGAIN
                 if error.errno in _AGAIN or (error.errno == errno.EIO and failures < 2):
@@ -203,8 +203,6 @@ class DiskFile:
 
 
 def _rest(iovecs: Sequence[Iovec], done: int) -> Sequence[Iovec]:
-    if done == 0:
-        return iovecs
     rest: list[Iovec] = []
     for address, nbytes in iovecs:
         skip = min(done, nbytes)

@@ -51,9 +51,10 @@ def trim() -> None:
 class Heap:
     """Gives freed memory back at the right moments of a step.
 
+    With the pool these are few: what tensors need, they take from what waits, and the process grows only beyond that.
+
     Args:
-        patience: the most bytes that may wait for reuse: bytes freed before the next `trim_if_due` acts, and the
-            limit of the pool, which needs no reminder.
+        patience: without the pool, bytes freed before the next `trim_if_due` acts.
     """
 
     def __init__(self, patience: int) -> None:
@@ -61,8 +62,6 @@ class Heap:
         self._patience = patience
         self._freed = 0
         self._pool = pool.install()
-        if self._pool is not None:
-            self._pool.limit(patience)
 
     def freed(self, nbytes: int) -> None:
         """Take note that a tensor of `nbytes` was let go. A lost update between threads only shifts the next trim."""
@@ -70,13 +69,20 @@ class Heap:
 
     def trim_if_due(self) -> None:
         """Trim if enough was freed since the last time."""
-        if self._freed > self._patience and self._pool is None:
+        if self._freed > self._patience:
             self.trim()
 
     def trim(self) -> None:
-        """Give back what waits for reuse; at most a few milliseconds."""
+        """Make the process smaller, for its peak is near; at most a few milliseconds."""
         self._freed = 0
-        if self._pool is not None:
-            self._pool.trim()
-        else:
+        if self._pool is None:
             trim()
+
+    def end_step(self) -> None:
+        """Give back what the step did not need even at its peak."""
+        if self._pool is not None:
+            self._pool.trim_to_peak()
+
+    def close(self) -> None:
+        """Give back everything that no tensor uses."""
+        trim()

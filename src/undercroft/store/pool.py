@@ -45,16 +45,16 @@ class Pool:
         self._library = library
         library.undercroft_pool_trim.argtypes = (ctypes.c_size_t,)
         library.undercroft_pool_trim.restype = ctypes.c_size_t
-        library.undercroft_pool_set_limit.argtypes = (ctypes.c_size_t,)
         library.undercroft_pool_install()
 
-    def limit(self, nbytes: int) -> None:
-        """Let at most `nbytes` of freed blocks wait for reuse; 64 MiB before the first call."""
-        self._library.undercroft_pool_set_limit(nbytes)
+    def trim(self, keep: int = 0) -> int:
+        """Give waiting blocks back to the system until at most `keep` bytes wait; returns their bytes."""
+        return self._library.undercroft_pool_trim(keep)
 
-    def trim(self) -> int:
-        """Give all waiting blocks back to the system; returns their bytes."""
-        return self._library.undercroft_pool_trim(0)
+    def trim_to_peak(self) -> int:
+        """Give back what was not needed even when the most was in use since the last look; returns its bytes."""
+        use = self.use()
+        return self.trim(max(0, use.peak - use.used))
 
     def use(self) -> PoolUse:
         """What tensors occupy now."""

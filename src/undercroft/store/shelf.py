@@ -146,9 +146,11 @@ class Shelf:
 
     def remove(self, entry: Entry) -> None:
         """Give the entry's room back; what is in use of it stays where it is until the last use ends."""
-        self.idle -= entry.nbytes if not entry.loading and not entry.pins else 0
+        if entry.loading:
+            self._forget_read(entry)
+        elif not entry.pins:
+            self.idle -= entry.nbytes
         self.held -= entry.nbytes
-        self._forget_read(entry)
         del self.entries[entry.key]
         entry.lease = entry.transfer = None
         self._policy.remove(entry.key)
@@ -214,8 +216,10 @@ class Shelf:
         leaving = self._leaving(self.held + nbytes - self.budget, spare)
         if leaving is None:
             return None
-        lease = next((entry.lease for entry in leaving if entry.nbytes == nbytes), None)
+        lease: Lease | None = None
         for entry in leaving:
+            if entry.nbytes == nbytes:
+                lease = entry.lease
             self._evict(entry)
         return lease or self._lease(nbytes, spare)
 

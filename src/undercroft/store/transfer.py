@@ -76,7 +76,7 @@ class Chunk:
     nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.nbytes = sum(nbytes for _, nbytes in self.iovecs)
+        self.nbytes = sum([nbytes for _, nbytes in self.iovecs])
 
 
 class Transfer:
@@ -110,7 +110,7 @@ class Transfer:
     ) -> None:
         assert chunks, "a transfer of nothing would never end"
         self.direction: Literal["read", "write"] = direction
-        self.nbytes = sum(chunk.nbytes for chunk in chunks)
+        self.nbytes = sum([chunk.nbytes for chunk in chunks])
         self.moved = 0
         self.priority = Priority.SCRUB
         self.error: UndercroftError | None = None
@@ -339,7 +339,9 @@ class TransferQueue:
         transfer.priority = priority
         if transfer._waiting:  # else it was cancelled before it came here
             self._classes[priority].append(transfer)
-            self._work.notify(min(len(transfer._waiting), len(self._threads)))
+            # A write beyond these waits for a worker that carries one now, or was called for what that one takes next.
+            places = self._most_slow - self._slow if priority >= Priority.WRITE else len(self._threads)
+            self._work.notify(min(len(transfer._waiting), places))
 
     def _serve(self) -> None:
         while (task := self._next_task()) is not None:
@@ -393,8 +395,6 @@ class TransferQueue:
         with self._lock:
             self._busy[transfer.direction].end(0 if error else chunk.nbytes)
             self._slow -= is_slow
-            if is_slow:
-                self._work.notify()  # the place among the writes that this chunk held is free again
             transfer._flying -= 1
             if error is None:
                 transfer.moved += chunk.nbytes

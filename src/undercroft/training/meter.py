@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from undercroft.store.heap import Heap
+from undercroft.store import heap
 
 _UNSETTLED = 2
 _STATUS = Path("/proc/self/status")
@@ -67,7 +67,7 @@ class Meter:
             yield
             self.peak_nbytes = torch.cuda.max_memory_allocated(self._device) - before
             return
-        Heap(patience=0).trim()
+        heap.trim()
         before = _status("VmRSS")
         with suppress(OSError):  # where the kernel refuses, the peak since the start remains, and is larger
             _CLEAR_REFS.write_text(_CLEAR_PEAK)

@@ -205,6 +205,7 @@ class ActivationSpill:
     def close(self) -> None:
         """Stop the threads, close and free the spill files. What was spilled and not yet unpacked is lost."""
         self._close()
+        self._heap.close()
 
     def __enter__(self) -> Self:
         self._check_usable()
@@ -404,6 +405,7 @@ class ActivationSpill:
         self._exclude_survivors()
         self._recording, self._numbered = Recording(), {}
         self._step += 1
+        self._heap.end_step()
         if self._step % _STEPS_TO_REACH == 0:
             self._scratch.trim_unreached()
         self._begun, self._stall_before = time.perf_counter(), self._residency.stall_seconds
