@@ -52,6 +52,9 @@ def pack(
     Example:
       undercroft pack Qwen/Qwen3-30B-A3B packed --high keep --low int4
     """
+    from undercroft.models.place import locate
+
+    source = locate(source)  # before PyTorch, which takes seconds to come
     from undercroft.models.load import be_quiet
     from undercroft.moe.pack import pack
 

@@ -39,6 +39,11 @@ def run(
     Example:
       undercroft run Qwen/Qwen3-30B-A3B "Why is the sky blue?" --chat --budget 8GiB
     """
+    from undercroft.models.place import locate
+
+    if tokens < 1 or temperature < 0 or context < 0:
+        raise typer.BadParameter("--tokens is at least 1, --temperature and --context at least 0")
+    model = locate(model)  # before PyTorch, which takes seconds to come
     import torch
 
     from undercroft.cli.progress import warnings_as_lines
@@ -47,8 +52,6 @@ def run(
     from undercroft.models.load import be_quiet, open_tokenizer
     from undercroft.moe.load import engine_of, load_moe
 
-    if tokens < 1 or temperature < 0 or context < 0:
-        raise typer.BadParameter("--tokens is at least 1, --temperature and --context at least 0")
     be_quiet()
     tokenizer = open_tokenizer(model)
     ids = (
@@ -138,6 +141,10 @@ def describe(writing: Writing, report: ExpertReport) -> str:
         f"{format_size(report.read_nbytes)} read, at most {format_size(report.budget)} held",
         f"time: {format_seconds(report.waited_seconds)} of {format_seconds(seconds)} waiting for the disk",
     ]
+    if report.predicted:
+        lines.append(
+            f"read ahead: {format_size(report.predicted)} begun, {format_size(report.useful)} of it wanted"
+        )
     if report.low_mass or report.skip_mass:
         lines.append(f"gate mass: {report.low_mass:.1%} in low precision, {report.skip_mass:.1%} left out")
     return "\n".join(lines)

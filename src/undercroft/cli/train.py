@@ -65,13 +65,16 @@ def train(
     Example:
       undercroft train HuggingFaceTB/SmolLM2-135M notes.txt --output tuned --budget 512MiB
     """
+    from undercroft.models.place import locate
+
+    if compare and resume:
+        raise typer.BadParameter("--compare needs a run from the beginning; leave --resume out")
+    model = locate(model)  # before PyTorch, which takes seconds to come
     from undercroft.models.load import be_quiet
     from undercroft.training.finetune import finetune
     from undercroft.training.interrupt import Interrupted
     from undercroft.training.settings import FinetuneSettings
 
-    if compare and resume:
-        raise typer.BadParameter("--compare needs a run from the beginning; leave --resume out")
     be_quiet()
     settings = FinetuneSettings(
         model=model,

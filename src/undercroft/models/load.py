@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from undercroft.errors import CorruptRecord, UnsupportedModel
 from undercroft.models.causal import CausalModel
-from undercroft.models.source import explain, locate, read_config
+from undercroft.models.place import explain, locate
+from undercroft.models.source import read_config
 from undercroft.models.tokenizer import Tokenizer
 
 Precision = Literal["float32", "stored"]
