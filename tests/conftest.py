@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -95,11 +96,15 @@ def small_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
-    """Fails the test that leaves a thread or an open file behind."""
+    """Fails the test that leaves a thread or an open file behind; a thread about to end may end."""
     threads, files = set(threading.enumerate()), _open_files()
     yield
     gc.collect()
-    left = [thread.name for thread in threading.enumerate() if thread not in threads]
+    started = [thread for thread in threading.enumerate() if thread not in threads]
+    deadline = time.monotonic() + 5
+    for thread in started:
+        thread.join(max(0, deadline - time.monotonic()))
+    left = [thread.name for thread in started if thread.is_alive()]
     assert not left, f"threads left: {left}"
     opened = {fd: target for fd, target in _open_files().items() if files.get(fd) != target}
     assert not opened, f"files left open: {opened}"

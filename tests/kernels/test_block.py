@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from undercroft.errors import InvalidInput
-from undercroft.kernels import Block, Format, Gated, expert, feed_forwards, quantise
+from undercroft.kernels import Block, Format, Gated, add_up, expert, feed_forwards, mix, quantise
 from undercroft.kernels.library import Library
 from undercroft.moe.levels import factors
 
@@ -122,3 +122,33 @@ def test_what_is_no_token_is_refused(x: Tensor, packed: list[Packed]) -> None:
 def test_no_blocks_are_refused(native: Library) -> None:
     with pytest.raises(InvalidInput, match="0 blocks"):
         feed_forwards(torch.randn(1, SIZES.width), [], SIZES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_added_up_in_the_order_of_the_terms(native: Library, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(5, 300)
+    terms = [(4, 0.5), (0, -1.25), (4, 2.0), (2, 0.125)]
+    expected = torch.zeros(300)
+    for row, share in terms:
+        expected += share * rows[row]
+    assert torch.equal(add_up([rows], terms, dtype), expected[None].to(dtype))
+    assert torch.equal(add_up([rows[:1], rows[1:4], rows[4:]], terms, dtype), expected[None].to(dtype))
+    assert not add_up([rows], [], dtype).any()
+
+
+def test_a_row_that_is_not_there_is_refused(native: Library) -> None:
+    for row in (-1, 5):
+        with pytest.raises(InvalidInput, match="are asked for"):
+            add_up([torch.zeros(5, 32)], [(row, 1.0)], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mix_is_the_sum_of_its_blocks_to_the_bit(packed: list[Packed], dtype: torch.dtype) -> None:
+    x, blocks = torch.randn(1, SIZES.width).to(dtype), [each.block for each in packed]
+    terms = [(3, 0.5), (0, 0.25), (7, -2.0)]
+    assert torch.equal(mix(x, blocks, SIZES, terms), add_up([feed_forwards(x, blocks, SIZES)], terms, dtype))
+    with pytest.raises(InvalidInput, match="are asked for"):
+        mix(x, blocks, SIZES, [(8, 1.0)])
+    with pytest.raises(InvalidInput, match="meets blocks"):
+        mix(x[:, 1:], blocks, SIZES, terms)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from undercroft.errors import InvalidInput
-from undercroft.kernels import backend, dequantise, linear, quantise
+from undercroft.kernels import Weight, backend, dequantise, linear, quantise
 from undercroft.kernels.format import Format
 from undercroft.kernels.library import Library
 
@@ -197,3 +197,35 @@ def test_on_a_gpu_the_product_is_that_of_the_dequantised_weight(format: Format, 
     x = torch.randn(5, 256).bfloat16()
     found = linear(x.cuda(), packed.cuda(), format, 100).cpu().double()
     assert float((found - x.double() @ weight.T).norm() / (x.double() @ weight.T).norm()) < 0.02
+
+
+def test_weights_are_joined_in_one_memory(native: Library) -> None:
+    torch.manual_seed(0)
+    format, rows = Format(8, 64), (64, 32, 96)
+    parts = [
+        Weight(quantise(torch.randn(number, 128), format), format, number, columns=128) for number in rows
+    ]
+    x = torch.randn(2, 3, 128)
+    with torch.no_grad():
+        apart = torch.cat([part(x) for part in parts], dim=-1)
+        whole = Weight.joined(parts)
+        assert torch.equal(whole(x), apart)
+        assert torch.equal(torch.cat([part(x) for part in parts], dim=-1), apart)
+    memory = whole.packed.untyped_storage().data_ptr()
+    assert all(part.packed.untyped_storage().data_ptr() == memory for part in parts)
+
+
+def test_a_weight_checks_what_it_multiplies(native: Library) -> None:
+    format = Format(8)
+    part = Weight(quantise(torch.zeros(48, 64), format), format, 48, 64)
+    with pytest.raises(InvalidInput, match="rows in blocks"):
+        Weight.joined([part, part])
+    with pytest.raises(InvalidInput, match="only weights with equal columns"):
+        Weight.joined([part, Weight(quantise(torch.zeros(32, 32), format), format, 32, 32)])
+    with torch.no_grad():
+        for wrong in (torch.zeros(2, 32), torch.zeros(2, 64, dtype=torch.float16)):
+            with pytest.raises(InvalidInput):
+                part(wrong)
+        assert part(torch.zeros(0, 64)).shape == (0, 48)
+    with pytest.raises(InvalidInput):
+        Weight(torch.zeros(3, dtype=torch.uint8), format, 48, 64)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.moe.conftest import prompt, qwen, stock
+from tests.moe.conftest import prompt, stock
 from tests.moe.families import decorated, fill, tiny_config
 from tests.moe.test_exact import BUDGETS, same
 
@@ -15,7 +15,6 @@ from undercroft.moe.load import expert_report, load_moe
 from undercroft.moe.pack import pack
 from undercroft.moe.packed import PackedMatrix, open_packed
 from undercroft.moe.quality import Quality
-from undercroft.moe.trunk import PackedLinear, quantise_trunk
 from undercroft.store.slab import Slab
 
 ALL_HIGH = {"low": 0.0, "low_precision": None}
@@ -136,25 +135,3 @@ def test_a_copy_that_is_not_there_is_asked_for_by_name(
     pack(checkpoint(), tmp_path / "coarser", high="int4", low="none")
     with pytest.raises(InvalidInput, match="--high int8"):
         load_moe(tmp_path / "coarser", BUDGETS["all"], Quality(low=0.0, high="int8", low_precision=None))
-
-
-def test_the_trunk_in_8_bits_is_near(checkpoint: Callable[..., Path]) -> None:
-    model, plain = stock(checkpoint()), stock(checkpoint())
-    replaced = quantise_trunk(model, experts=16)
-    assert replaced == 3 * 4 + 1  # q, k, v and o of each layer, and the head
-    assert {type(each) for each in model.modules() if hasattr(each, "out_features")} == {PackedLinear}
-    with torch.no_grad():
-        wanted, found = plain(input_ids=prompt()).logits, model(input_ids=prompt()).logits
-    assert 0 < distance(wanted, found) < 0.1
-    head = model.lm_head
-    assert head.nbytes < 0.3 * plain.lm_head.weight.nbytes
-    assert distance(plain.lm_head.weight, head.weight) < 0.02
-
-
-def test_a_tied_head_and_a_router_stay(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    qwen(0, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
-    model = stock(tmp_path / "tied")
-    assert (
-        quantise_trunk(model, experts=64) == 3 * 2
-    )  # k and v have 32 rows, q and o 64, as experts would here
-    assert model.lm_head.weight is model.get_input_embeddings().weight

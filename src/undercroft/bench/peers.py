@@ -43,7 +43,7 @@ class PeersSettings:
         reserve: bytes of a limit that our side leaves to the interpreter, its libraries and dense weights.
         rounds: stretches of each side.
         tokens: in a stretch.
-        warm_up: tokens before the first.
+        warm_up: tokens before the first; eight times as many where everything fits, so that all has been read.
         prompt: tokens before those.
         threads: of each side, for computing.
     """
@@ -69,6 +69,10 @@ class PeersSettings:
     def experts(self, bits: str) -> int:
         """Bytes of all experts in a precision, scales included."""
         return int(self.shape.elements * _BITS[bits] / 8)
+
+    def warms_up(self, limit: str) -> int:
+        """Tokens before the first stretch."""
+        return self.warm_up * (8 if limit == NO_LIMIT else 1)
 
     def nbytes(self, limit: str, bits: str) -> int | None:
         """What a limit comes to, in whole pages; None for no limit.
@@ -132,7 +136,7 @@ def _bout(
             alive[name] = stack.enter_context(_start(settings, place, limit, bits, name))
             try:
                 logits[name] = alive[name].hear()["logits"]
-                alive[name].ask(str(settings.warm_up))
+                alive[name].ask(str(settings.warms_up(limit)))
             except SideEnded as ended:
                 lost[name] = str(ended)
         ways = {name: partial(_stretch, side, name, settings.tokens, lost) for name, side in alive.items()}
@@ -157,7 +161,7 @@ def _start(settings: PeersSettings, place: PeersPlace, limit: str, bits: str, na
         budget=settings.budget(limit, bits),
         limited=nbytes is not None,
         prompt=settings.prompt,
-        longest=settings.prompt + settings.warm_up + settings.rounds * settings.tokens,
+        longest=settings.prompt + settings.warms_up(limit) + settings.rounds * settings.tokens,
         vocabulary=settings.shape.vocabulary,
         threads=settings.threads,
     )
@@ -190,7 +194,8 @@ def _answer(settings: PeersSettings, bouts: Sequence[Bout], missing: Sequence[st
             f"{shape.layers} layers of {shape.experts} random experts of {shape.hidden}x{shape.intermediate}, "
             f"{shape.used} used by a token, {format_size(settings.experts('bf16'))} of experts in bf16; "
             f"{settings.threads} threads; {settings.rounds} rounds of {settings.tokens} tokens after "
-            f"{settings.prompt} + {settings.warm_up}",
+            f"{settings.prompt} + {settings.warm_up}, without a limit {settings.prompt} + "
+            f"{settings.warms_up(NO_LIMIT)}",
             *(f"{name} is not installed, so it does not count: {INSTALL[name]}" for name in missing),
             *(f"{bout.limit}, {bout.bits}: {words}" for bout in bouts for words in bout.lost.values()),
         ),

@@ -1,19 +1,22 @@
 """Group-quantised linear layers: their weights as bytes, and the products with them."""
 
-from undercroft.kernels.block import Block, Gated, feed_forwards
+from undercroft.kernels.block import Block, Gated, add_up, feed_forwards, mix
 from undercroft.kernels.format import Format, packed_nbytes
-from undercroft.kernels.linear import backend, expert, linear
+from undercroft.kernels.linear import Weight, backend, expert, linear
 from undercroft.kernels.quantise import dequantise, quantise
 
 __all__ = [
     "Block",
     "Format",
     "Gated",
+    "Weight",
+    "add_up",
     "backend",
     "dequantise",
     "expert",
     "feed_forwards",
     "linear",
+    "mix",
     "packed_nbytes",
     "quantise",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from undercroft.errors import InvalidInput
@@ -71,11 +72,68 @@ def feed_forwards(x: Tensor, blocks: Sequence[Block], sizes: Gated) -> Tensor:
     Raises:
         InvalidInput: x is no such token, or there is no block.
     """
+    _require_token(x, blocks, sizes)
+    return _native().blocks(x.contiguous(), blocks, sizes.intermediate)
+
+
+def mix(x: Tensor, blocks: Sequence[Block], sizes: Gated, terms: Sequence[tuple[int, float]]) -> Tensor:
+    """`add_up` of what `feed_forwards` gives, in one call and to the bit.
+
+    Args:
+        x: [1, H], float32 or bfloat16, on the CPU.
+        blocks: at least one.
+        sizes: of each of them.
+        terms: number and share of each block, in the order of their sum.
+
+    Returns:
+        [1, H], in the dtype of x.
+
+    Raises:
+        InvalidInput: x is no such token, or there is no such block.
+    """
+    _require_token(x, blocks, sizes)
+    order = [row for row, _ in terms]
+    _require_rows(order, len(blocks))
+    return _native().mix(x.contiguous(), blocks, sizes.intermediate, order, [share for _, share in terms])
+
+
+def add_up(products: Sequence[Tensor], terms: Sequence[tuple[int, float]], dtype: torch.dtype) -> Tensor:
+    """The sum of some rows of what `feed_forwards` gave, each times its share, in the order of the terms.
+
+    Args:
+        products: float32 [blocks, H], of one or more calls; their rows count on.
+        terms: number and share of each row.
+        dtype: of the result.
+
+    Returns:
+        [1, H]; zeros where there is no term.
+
+    Raises:
+        InvalidInput: there is no such row.
+    """
+    rows = products[0] if len(products) == 1 else torch.cat(list(products))
+    order = [row for row, _ in terms]
+    _require_rows(order, rows.shape[0])
+    if rows.dtype is not torch.float32 or rows.dim() != 2:
+        raise InvalidInput(f"products are float32 [blocks, H], not {list(rows.shape)} of {rows.dtype}")
+    taken = dtype if dtype in DTYPES else torch.float32
+    return _native().add_up(rows.contiguous(), order, [share for _, share in terms], taken).to(dtype)
+
+
+def _native() -> library.Library:
+    found = library.load()
+    assert found is not None, "asked for where `available` says no"
+    return found
+
+
+def _require_token(x: Tensor, blocks: Sequence[Block], sizes: Gated) -> None:
     if x.shape != (1, sizes.width) or x.dtype not in DTYPES or not x.is_cpu or not blocks:
         raise InvalidInput(
             f"one token [1, {sizes.width}] of float32 or bfloat16 on the CPU meets blocks, not {list(x.shape)} of "
             f"{x.dtype} on {x.device} and {len(blocks)} blocks"
         )
-    found = library.load()
-    assert found is not None, "asked for where `available` says no"
-    return found.blocks(x.contiguous(), blocks, sizes.intermediate)
+
+
+def _require_rows(order: Sequence[int], count: int) -> None:
+    if order and not 0 <= min(order) <= max(order) < count:
+        raise InvalidInput(f"there are {count} rows, and {list(order)} are asked for")

@@ -12,7 +12,9 @@ import subprocess
 from collections.abc import Sequence
 from ctypes import c_bool, c_int, c_int64, c_void_p
 from functools import cache
+from itertools import chain
 from pathlib import Path
+from struct import pack
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from undercroft import native
 from undercroft.errors import InvalidInput
 from undercroft.kernels.format import Format
 
-_SOURCE = Path(__file__).with_name("linear.cpp")
+_HERE = Path(__file__).parent
 _NAMES = ("portable", "avx2", "avx512vnni")  # in the order of their numbers in C
 _FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno")
 _log = logging.getLogger(__name__)
@@ -48,17 +50,23 @@ class Library:
         self._blocks = library.undercroft_kernels_blocks
         self._blocks.argtypes = (*call, c_int64, c_void_p, c_void_p, c_void_p)
         self._linear.restype = self._expert.restype = self._blocks.restype = c_bool
+        self._add_up = library.undercroft_kernels_add_up
+        self._add_up.argtypes = (c_bool, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p)
+        self._add_up.restype = None
+        self._mix = library.undercroft_kernels_mix
+        self._mix.argtypes = (*self._blocks.argtypes[:-1], c_int64, c_void_p, c_void_p, c_void_p)
+        self._mix.restype = c_bool
         self.instructions = _NAMES[: library.undercroft_kernels_instructions() + 1]
         self.threaded = bool(library.undercroft_kernels_threaded())
 
     def linear(
         self, x: Tensor, packed: Tensor, format: Format, rows: int, *, instructions: str | None = None
     ) -> Tensor:
-        """The product of x [M, K] with a packed [rows, K], with the named or the fastest instruction set."""
-        out = torch.empty(x.shape[0], rows, dtype=x.dtype)
+        """The product of x [..., K] with a packed [rows, K], with the named or the fastest instruction set."""
+        out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
         call = self._call(x, instructions)
         weight = (packed.data_ptr(), format.bits, format.group)
-        _require_memory(self._linear(*call, x.data_ptr(), *weight, rows, out.data_ptr()))
+        require_memory(self._linear(*call, x.data_ptr(), *weight, rows, out.data_ptr()))
         return out
 
     def expert(
@@ -78,7 +86,7 @@ class Library:
             for packed, format in (gate_up, down)
             for value in (packed.data_ptr(), format.bits, format.group)
         ]
-        _require_memory(self._expert(*call, intermediate, x.data_ptr(), *weights, out.data_ptr()))
+        require_memory(self._expert(*call, intermediate, x.data_ptr(), *weights, out.data_ptr()))
         return out
 
     def blocks(
@@ -92,17 +100,52 @@ class Library:
         """What each block makes of the token x [1, H], float32 [blocks, H]; see `block.Block`."""
         out = torch.empty(len(blocks), x.shape[1])
         name, threads, bf16, _, width = self._call(x, instructions)
-        flat = [field for block in blocks for field in block]
-        table = (c_int64 * len(flat))(*flat)
         call = (name, threads, bf16, len(blocks), width, intermediate)
-        _require_memory(self._blocks(*call, x.data_ptr(), table, out.data_ptr()))
+        require_memory(self._blocks(*call, x.data_ptr(), _table(blocks), out.data_ptr()))
+        return out
+
+    def mix(
+        self,
+        x: Tensor,
+        blocks: Sequence[tuple[int, ...]],
+        intermediate: int,
+        order: Sequence[int],
+        shares: Sequence[float],
+    ) -> Tensor:
+        """`add_up` of what `blocks` gives, in the dtype of x."""
+        out = torch.empty_like(x)
+        name, threads, bf16, _, width = self._call(x, None)
+        call = (name, threads, bf16, len(blocks), width, intermediate)
+        terms = (len(order), pack(f"{len(order)}q", *order), pack(f"{len(order)}f", *shares))
+        require_memory(self._mix(*call, x.data_ptr(), _table(blocks), *terms, out.data_ptr()))
+        return out
+
+    def add_up(
+        self, rows: Tensor, order: Sequence[int], shares: Sequence[float], dtype: torch.dtype
+    ) -> Tensor:
+        """The sum of some rows of float32 [N, W], each times its share, in the order given: [1, W] of a dtype."""
+        count, width = len(order), rows.shape[1]
+        out = torch.empty(1, width, dtype=dtype)
+        terms = (pack(f"{count}q", *order), pack(f"{count}f", *shares))
+        self._add_up(dtype is torch.bfloat16, count, width, rows.data_ptr(), *terms, out.data_ptr())
         return out
 
     def _call(self, x: Tensor, instructions: str | None) -> tuple[int, int, bool, int, int]:
-        name = instructions or self.instructions[-1]
-        if name not in self.instructions:
-            raise InvalidInput(f"this CPU has {', '.join(self.instructions)}, not {name}")
-        return _NAMES.index(name), torch.get_num_threads(), x.dtype == torch.bfloat16, x.shape[0], x.shape[1]
+        columns = x.shape[-1]
+        bf16 = x.dtype is torch.bfloat16
+        return self.number(instructions), torch.get_num_threads(), bf16, x.numel() // columns, columns
+
+    def number(self, instructions: str | None) -> int:
+        """In C, of an instruction set by name, or of the fastest.
+
+        Raises:
+            InvalidInput: this CPU has no such.
+        """
+        if instructions is None:
+            return len(self.instructions) - 1
+        if instructions not in self.instructions:
+            raise InvalidInput(f"this CPU has {', '.join(self.instructions)}, not {instructions}")
+        return _NAMES.index(instructions)
 
 
 @cache
@@ -111,14 +154,30 @@ def load() -> Library | None:
 
     The first call on a machine compiles them, in some ten seconds; later ones load what is in Undercroft's home.
     """
+    library = compiled("linear", "tile.inc")
+    return None if library is None else Library(library)
+
+
+def compiled(name: str, *includes: str) -> ctypes.CDLL | None:
+    """What a source of this folder was compiled to, compiled first if need be; None where that cannot be done."""
+    files = [_HERE / include for include in ("vectors.h", *includes)]
     try:
-        path = native.library(_SOURCE, includes=[_SOURCE.with_name("tile.inc")], flags=_FLAGS)
-        return Library(ctypes.CDLL(str(path)))
+        return ctypes.CDLL(str(native.library(_HERE / f"{name}.cpp", includes=files, flags=_FLAGS)))
     except (OSError, subprocess.SubprocessError) as error:
         _log.warning("no native kernels (%s): quantised layers work, several times slower", error)
         return None
 
 
-def _require_memory(done: bool) -> None:
+def _table(blocks: Sequence[tuple[int, ...]]) -> bytes:
+    fields = [*chain.from_iterable(blocks)]
+    return pack(f"{len(fields)}q", *fields)
+
+
+def require_memory(done: bool) -> None:
+    """What a kernel answered.
+
+    Raises:
+        MemoryError: that it had none.
+    """
     if not done:
-        raise MemoryError("no memory for the quantised activations of a linear layer")
+        raise MemoryError("no memory for what a kernel computes with")

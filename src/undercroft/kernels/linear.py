@@ -7,12 +7,14 @@ computes has been given sizes that fit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from undercroft.errors import InvalidInput
 from undercroft.kernels import library, reference
-from undercroft.kernels.format import Format
+from undercroft.kernels.format import BLOCK_ROWS, Format
 from undercroft.kernels.quantise import require_packed
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -38,9 +40,62 @@ def linear(x: Tensor, packed: Tensor, format: Format, rows: int) -> Tensor:
     Raises:
         InvalidInput: shapes, dtypes, sizes or devices that do not fit.
     """
-    if _plain(x):
+    if is_plain(x):
         return _multiply(x, packed, format, rows)
     return torch.ops.undercroft.linear(x, packed, format.bits, format.group, rows)
+
+
+class Weight:
+    """A packed weight whose size was checked, for many products.
+
+    Args:
+        packed: [rows, columns] as `quantise` gives it.
+        format: of it.
+        rows: outputs.
+        columns: inputs.
+
+    Raises:
+        InvalidInput: sizes that do not fit.
+    """
+
+    def __init__(self, packed: Tensor, format: Format, rows: int, columns: int) -> None:
+        require_packed(packed, format, rows, columns)
+        self.packed, self.format, self.rows, self.columns = packed, format, rows, columns
+
+    @staticmethod
+    def joined(parts: Sequence[Weight]) -> Weight:
+        """One weight with the rows of several, which use its memory from now on.
+
+        Raises:
+            InvalidInput: other columns or formats, or a part whose rows do not fill its blocks.
+        """
+        first = parts[0]
+        if any(
+            (each.columns, each.format) != (first.columns, first.format) or each.rows % BLOCK_ROWS
+            for each in parts
+        ):
+            raise InvalidInput(
+                f"only weights with equal columns and formats, and rows in blocks of {BLOCK_ROWS}, are joined"
+            )
+        packed = torch.cat([each.packed for each in parts])
+        end = 0
+        for each in parts:
+            start, end = end, end + each.packed.numel()
+            each.packed = packed[start:end]
+        return Weight(packed, first.format, sum(each.rows for each in parts), first.columns)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x @ weight.t()``: (..., columns), float32 or bfloat16, to (..., rows) in its dtype; see `linear`.
+
+        Raises:
+            InvalidInput: x is not so.
+        """
+        fits = x.shape[-1] == self.columns and x.dtype in DTYPES and x.is_cpu
+        native = library.load() if fits and self.packed.is_cpu and is_plain(x) else None
+        if native is not None:
+            return native.linear(x.contiguous(), self.packed, self.format, self.rows)
+        rows = x.reshape(-1, x.shape[-1])
+        return linear(rows, self.packed, self.format, self.rows).view(*x.shape[:-1], self.rows)
 
 
 def expert(
@@ -73,7 +128,7 @@ def expert(
         raise InvalidInput(
             f'an expert in one call has the activation "silu", not {activation!r}; call linear twice'
         )
-    if _plain(x):
+    if is_plain(x):
         return _feed_forward(x, (gate_up, format_gate_up), (down, format_down), intermediate)
     first, second = (format_gate_up.bits, format_gate_up.group), (format_down.bits, format_down.group)
     return torch.ops.undercroft.expert(x, gate_up, down, *first, *second, intermediate)
@@ -129,7 +184,7 @@ def _(
     return x.new_empty(x.shape)
 
 
-def _plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """Whether nobody traces, records or differentiates: then the operator's own 30 microseconds are saved."""
     modes = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
     return type(x) is Tensor and not (modes or torch.is_grad_enabled() or torch.compiler.is_compiling())

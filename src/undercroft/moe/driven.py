@@ -184,14 +184,17 @@ class _Here:
 
     def blocks(self) -> Iterator[Sequence[tuple[int, Block]]]:
         """All at once."""
-        return iter([[(expert, self._held.blocks[expert]) for expert in self.arriving()]])
+        return iter([[(expert, self._held.blocks[expert]) for expert in self._wanted()]])
 
-    def arriving(self) -> Iterator[int]:
-        """Those that were chosen."""
-        return iter(np.unique(self._chosen.numpy()).tolist())
+    def opened(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+        """One after the other."""
+        return ((expert, self._held.parameters[expert]) for expert in self._wanted())
 
     def close(self) -> None:
         """Nothing is let go of."""
+
+    def _wanted(self) -> list[int]:
+        return np.unique(self._chosen.numpy()).tolist()
 
 
 def _give(held: Held, chosen: Tensor, weights: Tensor) -> _Here:

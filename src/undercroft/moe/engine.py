@@ -257,13 +257,16 @@ class LayerService:
             self._parameters, self._at = self._engine.open(self._layer, key, self._lease(key)), expert
         return self._parameters
 
-    def arriving(self) -> Iterator[int]:
+    def opened(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
         """Those that were chosen and are not skipped: the ones in memory first, then as they arrive."""
         places = self._engine.stock.places
         while True:
-            while (key := self._arrive()) is not None:
-                yield places[key].expert
-                self._parameters, self._at = {}, -1
+            while arrived := self._together():
+                arrived.reverse()
+                while arrived:
+                    key, lease = arrived.pop()
+                    yield places[key].expert, self._engine.open(self._layer, key, lease)
+                    del lease
             if not self._begin():
                 return
 
@@ -273,7 +276,7 @@ class LayerService:
         return self._layer.gated
 
     def blocks(self) -> Iterator[Sequence[tuple[int, Block]]]:
-        """As `arriving`, but all that are there at a time, as blocks that stay until the next are asked for.
+        """As `opened`, but all that are there at a time, as blocks that stay until the next are asked for.
 
         All of a wave have room together, so none has to leave for the next.
         """

@@ -13,8 +13,8 @@ maximisation). Where routing is pure chance, the last view wins and nothing is b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +35,29 @@ _LEAST_WEIGHT = 0.01
 _CLASS_RATE = 1 / 16
 """How much of an expert's share of low uses the newest use is."""
 _LEAST_WORTH = 1e-9
+_SOON = 256
+"""Services after which their lessons are learned though nobody asked."""
 _IDLE = 1e15
 """The urge of what is worth nothing: above all others."""
 
 
+class _Urges(NamedTuple):
+    """Of the copies of a layer's experts, how soon they should leave; reckoned when room is first needed.
+
+    Attributes:
+        high: of each high copy.
+        low: of each low one, if there are any.
+    """
+
+    high: Sequence[float]
+    low: Sequence[float]
+
+
 class ExpectedUse(Layered):
     """Largest expected time to the next use first; a byte counts for what its absence would cost.
+
+    What a service teaches is learned when somebody first asks. Where all is in memory nobody does, and many lessons in
+    a row cost a quarter of as many between the products of a model, which leave no cache warm.
 
     A high copy saves the bytes of itself at a high use and those of a low copy at a low one; a low copy saves itself
     at a low use, and nothing while the high copy is there too. Per byte of the copy this scales the chance.
@@ -60,12 +77,25 @@ class ExpectedUse(Layered):
         ratios = zip(stock.low_nbytes, stock.high_nbytes, strict=False)
         self._low_costs = [low / high for low, high in ratios]
         self._distances = [*range(stock.layers)] * 2
-        self._high_urges: list[list[float]] = [[] for _ in range(stock.layers)]
-        self._low_urges: list[list[float]] = [[] for _ in range(stock.layers)]
-        self._rate_all()
+        self._urges: list[_Urges | None] = [None] * stock.layers
+        self._lessons: list[tuple[int, Sequence[Wanted], int]] = []
+
+    def turn_to(self, layer: int, wanted: Sequence[Wanted] = (), tokens: int = 1) -> None:
+        """See `ExpertPolicy`."""
+        self._lessons.append((layer, wanted, tokens))
+        self._now = layer
+        self._unsorted.add(layer)
+        if len(self._lessons) >= _SOON:
+            self._catch_up()
+
+    def victims(self) -> Iterator[Key]:
+        """See `EvictionPolicy`."""
+        self._catch_up()
+        return super().victims()
 
     def chance(self, layer: int, expert: int) -> float:
         """The chance that a token wants an expert, 0 to 1, as of the last service of its layer."""
+        self._catch_up()
         return float(self._chances[layer, expert])
 
     def insert(self, key: Key) -> None:
@@ -80,6 +110,7 @@ class ExpectedUse(Layered):
 
     def state(self) -> dict[str, Any]:
         """See `ExpertPolicy`."""
+        self._catch_up()
         return {
             "views": np.round(self._views, 6).tolist(),
             "weights": self._weights.tolist(),
@@ -93,12 +124,18 @@ class ExpectedUse(Layered):
         weights = _shares(state, "weights", self._weights.shape)
         low_shares = _shares(state, "low_shares", (self._stock.layers, self._stock.experts))
         seen = _array(state, "seen", (self._stock.layers,))
+        self._lessons.clear()
         self._views, self._weights = views, _floored(weights)
         self._low_shares = low_shares
         self._seen = [int(number) for number in seen]
         self._chances = self._weights @ self._views
-        self._rate_all()
+        self._urges = [None] * self._stock.layers
         self._unsorted.update(range(self._stock.layers))
+
+    def _catch_up(self) -> None:
+        lessons, self._lessons = self._lessons, []
+        for layer, wanted, tokens in lessons:
+            self._learn(layer, wanted, tokens)
 
     def _learn(self, layer: int, wanted: Sequence[Wanted], tokens: int) -> None:
         if not wanted:
@@ -117,7 +154,7 @@ class ExpectedUse(Layered):
         self._chances[layer] = self._weights @ views
         if self._low_costs:
             self._learn_classes(layer, experts, wanted)
-        self._rate(layer)
+        self._urges[layer] = None
 
     def _gains(self, layer: int, tokens: int) -> NDArray[np.float64]:
         """How much of each view the newest tokens are: at least as much as of the mean of all so far."""
@@ -138,30 +175,25 @@ class ExpectedUse(Layered):
         is_low = np.array([not each.is_high for each in wanted])
         shares[experts] += _CLASS_RATE * (is_low - shares[experts])
 
-    def _rate_all(self) -> None:
-        for layer in range(self._stock.layers):
-            self._rate(layer)
-
-    def _rate(self, layer: int) -> None:
+    def _rate(self, layer: int) -> _Urges:
         """Turn the chances of a layer into urges: of a copy, as far as it saves the bytes that it takes."""
         chances = self._chances[layer]
         if not self._low_costs:
-            self._high_urges[layer] = self._waits(chances).tolist()
-            return
+            return _Urges(self._waits(chances).tolist(), ())
         low_shares = self._low_shares[layer]
         worths = chances * (1 - low_shares * (1 - self._low_costs[layer]))
-        self._high_urges[layer] = self._waits(worths).tolist()
-        self._low_urges[layer] = self._waits(chances * low_shares).tolist()
+        return _Urges(self._waits(worths).tolist(), self._waits(chances * low_shares).tolist())
 
     def _waits(self, worths: NDArray[np.float64]) -> NDArray[np.float64]:
         return self._stock.layers * (1 / np.maximum(worths, _LEAST_WORTH) - 1)
 
     def _standing(self, key: Key) -> Standing:
         layer, expert, is_high = self._stock.places[key]
+        urges = self._urges[layer] = self._urges[layer] or self._rate(layer)
         if is_high:
-            return Standing(0, self._high_urges[layer][expert])
+            return Standing(0, urges.high[expert])
         is_idle = self._stock.high_keys[layer][expert] in self._residents[layer]
-        return Standing(0, _IDLE if is_idle else self._low_urges[layer][expert])
+        return Standing(0, _IDLE if is_idle else urges.low[expert])
 
     def _head_starts(self) -> Sequence[float]:
         layers = self._stock.layers

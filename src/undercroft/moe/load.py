@@ -20,7 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from undercroft.errors import InvalidInput
 from undercroft.events import Recorder
 from undercroft.models.checkpoint import Checkpoint, StoredTensor
-from undercroft.models.source import download, locate, read_config
+from undercroft.models.place import download, locate
+from undercroft.models.source import read_config
 from undercroft.models.tracing import Lazy, load
 from undercroft.moe.bank import Layer
 from undercroft.moe.copies import check_served
@@ -29,6 +30,7 @@ from undercroft.moe.foresight import look_ahead
 from undercroft.moe.governor import Governor
 from undercroft.moe.headroom import Headroom, advice, row_nbytes, token_nbytes
 from undercroft.moe.indexed import IndexedExperts
+from undercroft.moe.light import lighten
 from undercroft.moe.manifest import PackedLayer
 from undercroft.moe.model import adopt
 from undercroft.moe.packed import PackedExperts, is_packed, open_packed
@@ -37,7 +39,6 @@ from undercroft.moe.quality import Quality
 from undercroft.moe.stock import Stock
 from undercroft.moe.streamed import IMPLEMENTATION, attach
 from undercroft.moe.survey import survey
-from undercroft.moe.trunk import quantise_trunk
 from undercroft.store.budget import Budget
 from undercroft.store.cache import RecordCache
 from undercroft.store.disk import Syscalls
@@ -98,7 +99,7 @@ def load_moe(
         check_served(wanted, stock)
         model = _dense(config, checkpoint, found.absent, kind)
         if wanted.dense == "int8":
-            quantise_trunk(model, experts=stock.experts)
+            lighten(model, experts=stock.experts)
         shared = Budget(host=_whole_pages(parse_size(budget)))
         engine = _engine(found.experts, stock, parse_size(budget), shared, wanted, policy, readers, opened)
         headroom = Headroom(

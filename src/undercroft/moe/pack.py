@@ -9,7 +9,8 @@ from pathlib import Path
 
 from undercroft.errors import UnsupportedModel
 from undercroft.models.checkpoint import Checkpoint
-from undercroft.models.source import download, locate, read_config
+from undercroft.models.place import download, locate
+from undercroft.models.source import read_config
 from undercroft.moe.manifest import Forms
 from undercroft.moe.pack_report import OnProgress, PackProgress, PackReport
 from undercroft.moe.packer import Packer

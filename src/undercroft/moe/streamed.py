@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from undercroft.errors import UnsupportedModel
-from undercroft.kernels import Block, Gated, feed_forwards
+from undercroft.kernels import Block, Gated, add_up, feed_forwards, mix
 from undercroft.kernels.linear import DTYPES
 
 IMPLEMENTATION = "undercroft"
@@ -36,7 +36,7 @@ class Service(Protocol):
         ...
 
     def __getitem__(self, expert: int) -> Mapping[str, Tensor]:
-        """One expert's parameters, in ascending order or as `arriving` says; those of the one before may be gone."""
+        """One expert's parameters, in ascending order; those of the one before may be gone."""
         ...
 
     @property
@@ -44,8 +44,8 @@ class Service(Protocol):
         """The sizes of its experts where these are `Block`s, so that `blocks` may be asked for."""
         ...
 
-    def arriving(self) -> Iterator[int]:
-        """Those that are not left out, in the order in which they come; each is to be asked for before the next."""
+    def opened(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+        """Those that are not left out, as they come, with their parameters: let go of these before the next."""
         ...
 
     def blocks(self) -> Iterator[Sequence[tuple[int, Block]]]:
@@ -157,7 +157,10 @@ def _one_token(module: Any, service: Service, hidden: Tensor, chosen: Any, weigh
     """What the usual forward does to one token: experts compute as they arrive, and are summed in its own order."""
     if service.gated is not None and isinstance(module.act_fn, _SILU):
         return _in_one_call(service, service.gated, hidden, chosen, weights)
-    found = {expert: _usual_expert(module.act_fn, hidden, service[expert]) for expert in service.arriving()}
+    found: dict[int, Tensor] = {}
+    for expert, parts in service.opened():
+        found[expert] = _usual_expert(module.act_fn, hidden, parts)
+        del parts
     service.close()
     out = torch.zeros_like(hidden)
     for expert, slot in sorted((expert, slot) for slot, expert in enumerate(chosen[0].tolist())):
@@ -167,30 +170,30 @@ def _one_token(module: Any, service: Service, hidden: Tensor, chosen: Any, weigh
 
 
 def _in_one_call(service: Service, sizes: Gated, hidden: Tensor, chosen: Any, weights: Tensor) -> Tensor:
-    """The same with packed experts: one call for all that are there, one for each that has yet to come."""
+    """The same with packed experts: one call for all where all are there, else one for each group that comes."""
     x = hidden if hidden.dtype in DTYPES else hidden.float()
-    experts: list[int] = []
-    products: list[Tensor] = []
-    for group in service.blocks():
-        experts += [expert for expert, _ in group]
-        products.append(feed_forwards(x, [block for _, block in group], sizes))
-    service.close()
-    if not experts:
-        return torch.zeros_like(hidden)
-    shares = dict.fromkeys(experts, 0.0)
     routed: list[tuple[int, float]] = list(zip(chosen[0].tolist(), weights[0].tolist(), strict=True))  # pyright: ignore
-    for expert, weight in routed:
-        if expert in shares:
-            shares[expert] += weight
-    order = sorted(
-        range(len(experts)), key=experts.__getitem__
-    )  # a sum does not depend on the order of arrival
-    weighted = torch.tensor([[shares[experts[place]] for place in order]]) @ torch.cat(products)[order]
-    return weighted.to(hidden.dtype)
+    places: dict[int, int] = {}
+    products: list[Tensor] = []
+
+    def terms() -> list[tuple[int, float]]:
+        """By number of the expert: a sum does not depend on the order of arrival."""
+        return [(places[expert], weight) for expert, weight in sorted(routed) if expert in places]
+
+    count = len(routed) - len(service.skipped)
+    for group in service.blocks():
+        places |= {expert: place for place, (expert, _) in enumerate(group, start=len(places))}
+        blocks = [block for _, block in group]
+        if len(group) == count:
+            out = mix(x, blocks, sizes, terms())
+            service.close()
+            return out.to(hidden.dtype)
+        products.append(feed_forwards(x, blocks, sizes))
+    service.close()
+    return add_up(products, terms(), hidden.dtype) if products else torch.zeros_like(hidden)
 
 
 def _usual_expert(act_fn: Any, hidden: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-    """By itself, so that its weights are let go of before the next expert is asked for."""
     gate, up = linear(hidden, parts["gate_up_proj"]).chunk(2, dim=-1)
     return linear(act_fn(gate) * up, parts["down_proj"])
 

@@ -74,7 +74,8 @@ class RecordCache:
         self._recorder = recorder or Recorder(enabled=False)
         self._loader = Loader(queue, self._arrived)
         self._shelf = Shelf(parse_size(budget), slab, self._policy, self._evicted)
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._closed = False
         self._process = os.getpid()
 
@@ -86,14 +87,14 @@ class RecordCache:
     @property
     def held(self) -> int:
         """Bytes that records take now."""
-        with self._changed:
+        with self._lock:
             self._shelf.collect()
             return self._shelf.held
 
     @property
     def pinned(self) -> int:
         """Bytes of records in use now."""
-        with self._changed:
+        with self._lock:
             self._shelf.collect()
             return self._shelf.pinned
 
@@ -107,7 +108,7 @@ class RecordCache:
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         """Whether a record is in memory, so that a fetch would not wait for it."""
-        with self._changed:
+        with self._lock:
             entry = self._shelf.entries.get(Key(*key))
             return entry is not None and not entry.loading
 
@@ -128,15 +129,20 @@ class RecordCache:
         check_process(self._process)
         wanted = self._wanted(keys)
         request = Request(priority)
-        with self._changed:
+        with self._lock:
             self._check_open()
             for key in wanted:
                 self._ask(request, key)
-            self._recorder.count("hits", len(request.ready))
-            self._recorder.count("waits", len(request.flying))
-            self._recorder.count("misses", len(request.pending))
+            for name, those in (
+                ("hits", request.ready),
+                ("waits", request.flying),
+                ("misses", request.pending),
+            ):
+                if those:
+                    self._recorder.count(name, len(those))
             transfers = self._begin(request)
-        self._loader.submit(transfers, priority)
+        if transfers:
+            self._loader.submit(transfers, priority)
         return Arrivals(partial(self._take, request))
 
     def foresee(
@@ -161,7 +167,7 @@ class RecordCache:
         check_process(self._process)
         wanted = self._wanted(keys)
         protected = set(wanted)
-        with self._changed:
+        with self._lock:
             self._check_open()
             absent = [key for key in wanted if key not in self._shelf.entries]
             begun: list[Entry] = []
@@ -182,7 +188,7 @@ class RecordCache:
 
     def recant(self, keys: Iterable[tuple[str, str]]) -> None:
         """Take hints back. What is not read yet of records that nobody asked for is not read; the rest may leave."""
-        with self._changed:
+        with self._lock:
             found = [self._shelf.entries.get(Key(*key)) for key in keys]
             recanted = {entry: None for entry in found if entry is not None and entry.foreseen}
             shared = {id(entry.transfer) for entry in self._shelf.loading if entry not in recanted}
@@ -205,7 +211,7 @@ class RecordCache:
         Raises:
             SpillMisuse: the cache is closed.
         """
-        with self._changed:
+        with self._lock:
             self._check_open()
             if budget < self._shelf.budget:
                 for entry in self._shelf.hints:
@@ -222,7 +228,7 @@ class RecordCache:
         """
         if os.getpid() != self._process:
             return
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
             for entry in self._shelf.loading:
@@ -275,11 +281,14 @@ class RecordCache:
             self._recorder.count("useful_bytes", entry.nbytes)
         self._shelf.hints.pop(entry, None)
         if entry.loading:
-            request.expect(entry.key, entry.nbytes)
-            entry.waiters.append(weakref.ref(request))
+            self._await(request, entry)
             self._loader.hasten(entry, request.priority)
         else:
             request.ready.append((entry.key, self._shelf.pin(entry)))
+
+    def _await(self, request: Request, entry: Entry) -> None:
+        request.expect(entry.key, entry.nbytes)
+        entry.waiters.append(weakref.ref(request))
 
     def _begin(self, request: Request) -> list[Transfer]:
         """Begin to read the pending keys as far as there is room, and join what others began to read of them.
@@ -293,14 +302,15 @@ class RecordCache:
         while request.pending:
             key = next(iter(request.pending))
             entry = self._shelf.entries.get(key)
-            if entry is None:
-                entry = self._admit(key, _unforeseen) or self._admit(key, anything)
-                if entry is None:
-                    self._make_way(request)
-                    break
+            if entry is not None:
+                self._join(request, entry)
+            elif (entry := self._admit(key, _unforeseen) or self._admit(key, anything)) is not None:
                 begun.append(entry)
+                self._await(request, entry)
+            else:
+                self._make_way(request)
+                break
             del request.pending[key]
-            self._join(request, entry)
         return self._loader.prepare(begun, is_busy=is_busy)
 
     def _make_way(self, request: Request) -> None:
@@ -313,7 +323,7 @@ class RecordCache:
         check_process(self._process)
         patience = self._patience
         while True:
-            with self._changed:
+            with self._lock:
                 if request.is_complete():
                     return []
                 self._check_open()
@@ -342,10 +352,11 @@ class RecordCache:
         return self._homes[key][key]
 
     def _arrived(self, arrivals: Sequence[Arrival]) -> None:
-        with self._changed:
+        with self._lock:
+            landed = 0
             for entry, error in arrivals:
                 self._settle(entry, error)
-            landed = sum(entry.nbytes for entry, error in arrivals if error is None)
+                landed += entry.nbytes if error is None else 0
             self._recorder.count("read_bytes", landed)
             self._changed.notify_all()
 

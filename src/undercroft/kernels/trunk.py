@@ -1,0 +1,219 @@
+"""What a token needs of a model beside its linear layers: attention of one query, and RMSNorm.
+
+It checks arguments, and knows the C functions of `trunk.cpp`. All sums are float32, so results differ in their last
+bits from PyTorch's, mostly by being nearer. Invariants: sizes, types and devices were checked before an address goes
+out; a token's result is the same bits whatever the other tokens, the number of threads and the instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_bool, c_float, c_int, c_int64, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from undercroft.errors import InvalidInput
+from undercroft.kernels import library
+from undercroft.kernels.linear import DTYPES
+
+STEP = 16
+"""What widths are multiples of."""
+
+
+class Trunk:
+    """The compiled kernels.
+
+    Args:
+        compiled: `trunk.cpp`.
+        products: the other kernels, which know the instruction sets of this CPU.
+    """
+
+    def __init__(self, compiled: ctypes.CDLL, products: library.Library) -> None:
+        self._attend, self._normalise = compiled.undercroft_trunk_attend, compiled.undercroft_trunk_normalise
+        pointers = (c_void_p, c_void_p, c_void_p)
+        self._attend.argtypes = (c_int, c_int, c_bool, c_void_p, c_float, *pointers, c_void_p)
+        self._normalise.argtypes = (c_int, c_int, c_bool, c_bool, c_int64, c_int64, c_float, *pointers)
+        self._turn = compiled.undercroft_trunk_turn
+        self._turn.argtypes = (
+            c_int,
+            c_bool,
+            c_int64,
+            c_int64,
+            c_int64,
+            c_float,
+            *pointers,
+            c_void_p,
+            c_void_p,
+        )
+        self._attend.restype = self._normalise.restype = self._turn.restype = c_bool
+        self._number = products.number
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, *, instructions: str | None = None
+    ) -> Tensor:
+        """As the function of that name, with the named or the fastest instruction set."""
+        batch, heads, _, width = query.shape
+        out = query.new_empty(batch, 1, heads, values.shape[-1])
+        size = keys.element_size()
+        strides = [size * stride for each in (keys, values) for stride in each.stride()[:-1]]
+        shape = (c_int64 * 12)(batch, heads, *keys.shape[1:3], width, values.shape[-1], *strides)
+        bf16 = query.dtype is torch.bfloat16
+        addresses = (query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
+        threads = torch.get_num_threads()
+        library.require_memory(
+            self._attend(self._number(instructions), threads, bf16, shape, scale, *addresses)
+        )
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, least: float, *, instructions: str | None = None) -> Tensor:
+        """As the function of that name, with the named or the fastest instruction set."""
+        out = torch.empty_like(x)
+        columns = x.shape[-1]
+        kinds = (x.dtype is torch.bfloat16, weight.dtype is torch.bfloat16)
+        sizes = (x.numel() // columns, columns, least)
+        addresses = (x.data_ptr(), weight.data_ptr(), out.data_ptr())
+        threads = torch.get_num_threads()
+        library.require_memory(
+            self._normalise(self._number(instructions), threads, *kinds, *sizes, *addresses)
+        )
+        return out
+
+    def turn(
+        self,
+        x: Tensor,
+        heads: tuple[int, int],
+        norms: tuple[Tensor, Tensor] | None,
+        least: float,
+        cosines: Tensor,
+        sines: Tensor,
+        *,
+        instructions: str | None = None,
+    ) -> None:
+        """As the function of that name, with the named or the fastest instruction set."""
+        weights = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
+        kind = (self._number(instructions), x.dtype is torch.bfloat16)
+        addresses = (*weights, cosines.data_ptr(), sines.data_ptr(), x.data_ptr())
+        library.require_memory(self._turn(*kind, *heads, cosines.numel(), least, *addresses))
+
+
+@cache
+def load() -> Trunk | None:
+    """The native kernels; None where they cannot be compiled. See `library.load`."""
+    products = library.load()
+    compiled = library.compiled("trunk", "trunk.inc")
+    return None if products is None or compiled is None else Trunk(compiled, products)
+
+
+def available() -> bool:
+    """Whether the functions here can be called: something compiled the native kernels."""
+    return load() is not None
+
+
+def attends(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether `attend` takes these: one query of each head, and widths and types that it knows."""
+    return (
+        query.dim() == keys.dim() == values.dim() == 4
+        and query.shape[2] == 1
+        and query.dtype in DTYPES
+        and query.dtype is keys.dtype is values.dtype
+        and query.is_cpu
+        and keys.is_cpu
+        and values.is_cpu
+        and query.shape[0] == keys.shape[0]
+        and keys.shape[:3] == values.shape[:3]
+        and keys.shape[2] > 0
+        and query.shape[1] % keys.shape[1] == 0
+        and query.shape[3] == keys.shape[3]
+        and keys.shape[3] % STEP == values.shape[3] % STEP == 0
+        and keys.stride(3) == values.stride(3) == 1
+    )
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """softmax(scale * query @ keys.T) @ values, of one token and all keys.
+
+    Args:
+        query: [batch, heads, 1, width], float32 or bfloat16; width is a multiple of 16.
+        keys: [batch, key heads, tokens, width], of the same dtype, with any strides but the last one's; as many
+            heads of the query, in a row, share a head of these as there are more of them.
+        values: [batch, key heads, tokens, value width], likewise.
+        scale: of products.
+
+    Returns:
+        [batch, 1, heads, value width], in the dtype of the query.
+
+    Raises:
+        InvalidInput: they are not so.
+    """
+    if not attends(query, keys, values):
+        shapes = ", ".join(f"{list(each.shape)} of {each.dtype}" for each in (query, keys, values))
+        raise InvalidInput(f"no attention of one query: {shapes}")
+    found = load()
+    assert found is not None, "asked for where `available` says no"
+    return found.attend(query.contiguous(), keys, values, scale)
+
+
+def rms_norm(x: Tensor, weight: Tensor, least: float) -> Tensor:
+    """X / sqrt(mean(x²) + least) * weight, over the last dimension, rounded once.
+
+    Args:
+        x: [..., columns], float32 or bfloat16 on the CPU; columns is a multiple of 16.
+        weight: [columns], either.
+        least: what is added to the mean, so that zeros can be divided.
+
+    Raises:
+        InvalidInput: they are not so.
+    """
+    fits = x.shape[-1] % STEP == 0 and weight.shape == x.shape[-1:] and x.is_cpu and weight.is_cpu
+    if not fits or x.dtype not in DTYPES or weight.dtype not in DTYPES:
+        raise InvalidInput(
+            f"no rows to normalise: {list(x.shape)} of {x.dtype} on {x.device} and {list(weight.shape)} of "
+            f"{weight.dtype} on {weight.device}"
+        )
+    found = load()
+    assert found is not None, "asked for where `available` says no"
+    return found.rms_norm(x.contiguous(), weight.contiguous(), least)
+
+
+def turn(
+    x: Tensor,
+    heads: tuple[int, int],
+    cosines: Tensor,
+    sines: Tensor,
+    norms: tuple[Tensor, Tensor] | None = None,
+    least: float = 0.0,
+) -> None:
+    """Normalise the heads of one token, and turn them by its place in the text, in place.
+
+    Head by head: RMSNorm, where there are norms, then ``head * cosines + rotate_half(head) * sines`` as Llama does it
+    (rotary position embedding, arXiv 2104.09864).
+
+    Args:
+        x: [at least (heads[0] + heads[1]) * width], contiguous, float32 or bfloat16 on the CPU; what lies behind the
+            heads stays.
+        heads: how many queries, and how many keys behind them.
+        cosines: [width], of the dtype of x; width is a multiple of 16.
+        sines: likewise.
+        norms: weights of the norms of queries and of keys, likewise.
+        least: as in `rms_norm`.
+
+    Raises:
+        InvalidInput: they are not so.
+    """
+    width = cosines.numel()
+    others = (cosines, sines, *(norms or ()))
+    fits = all(
+        each.numel() == width and each.dtype is x.dtype and each.is_cpu and each.is_contiguous()
+        for each in others
+    )
+    is_long = x.numel() >= sum(heads) * width and min(heads) >= 0 and width % STEP == 0
+    if not (fits and is_long and x.is_contiguous() and x.is_cpu and x.dtype in DTYPES):
+        raise InvalidInput(
+            f"no heads to turn: {list(x.shape)} of {x.dtype} for {heads} heads of {width}, with weights and turns "
+            f"{[(each.numel(), each.dtype) for each in others]}"
+        )
+    found = load()
+    assert found is not None, "asked for where `available` says no"
+    found.turn(x, heads, norms, least, cosines, sines)

@@ -1,0 +1,27 @@
+"""A model's trunk where it need not be exact: in 8 bits, and in kernels of ours wherever these know the way.
+
+It knows the order in which that is done; not what is in the way of it. Nobody gets it unasked.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from undercroft.kernels import trunk
+from undercroft.moe.attention import attend_here
+from undercroft.moe.token_attention import shorten
+from undercroft.moe.trunk import quantise_trunk, replace_norms
+
+
+def lighten(model: PreTrainedModel, *, experts: int) -> None:
+    """Put a trunk into 8 bits, and let kernels of ours compute what each token needs of it.
+
+    Args:
+        model: changed in place.
+        experts: in a layer.
+    """
+    quantise_trunk(model, experts=experts)
+    if trunk.available():
+        replace_norms(model)
+        if attend_here(model):
+            shorten(model)
