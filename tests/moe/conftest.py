@@ -10,7 +10,10 @@ import transformers
 from tests.moe.families import fill
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from undercroft import arithmetic
 from undercroft.moe.governor import Limits
+
+arithmetic.settle()
 
 SMALL = {
     **{"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},

@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from undercroft import ActivationSpill, BudgetExceeded
+from undercroft import ActivationSpill, BudgetExceeded, arithmetic
 from undercroft.training.report import SpillReport
 
 Build = Callable[[], nn.Module]
 Inputs = list[torch.Tensor]
 Flow = Callable[[nn.Module, Inputs, AbstractContextManager[object]], Iterable[object]]
 """Takes one step: a module, several independent inputs, the context to compute in; returns what must be equal too."""
+
+arithmetic.settle()
 
 _STEPS = 3
 _COPIES = 3  # independent inputs of a step, so that what one of them demands is a fraction of what all save

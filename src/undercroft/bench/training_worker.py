@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from undercroft import arithmetic
 from undercroft.bench import process
 from undercroft.bench.gpt import GPT, Shape
 from undercroft.bench.process import Holdings, Usage
@@ -139,6 +140,7 @@ def main() -> None:
     """Serve steps until the input ends."""
     given: dict[str, Any] = json.loads(sys.argv[1])
     settings = Settings(shape=Shape(**given.pop("shape")), **given)
+    arithmetic.settle()
     if settings.settle_heap:
         heap.settle()
     trainer = Trainer(settings)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from undercroft import arithmetic
 from undercroft.errors import InvalidInput
 from undercroft.events import Recorder
 from undercroft.models.checkpoint import Checkpoint, StoredTensor
@@ -88,6 +89,7 @@ def load_moe(
         BudgetExceeded: the budget does not hold one expert, or, from a forward, none beside the KV cache.
     """
     wanted = quality if isinstance(quality, Quality) else Quality.preset(quality)
+    arithmetic.settle()
     place = locate(source)
     config = read_config(place)
     kind = dtype or getattr(config, "dtype", None) or torch.float32

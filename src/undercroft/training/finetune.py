@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
+from undercroft import arithmetic
 from undercroft.errors import InvalidInput, UnsafeDirectory, UnsupportedModel
 from undercroft.models.causal import CausalModel, require_adapters
 from undercroft.models.load import open_causal_model, open_tokenizer
 from undercroft.models.tokenizer import Tokenizer
+from undercroft.store import heap
 from undercroft.store.directory import PrivateDirectory
-from undercroft.store.heap import settle
 from undercroft.training.checkpoint import newest_checkpoint, remove_checkpoints
 from undercroft.training.corpus import read_corpus
 from undercroft.training.durable import clear_partial, whole_folder, write_whole
@@ -49,7 +50,8 @@ def finetune(settings: FinetuneSettings, *, on_step: OnStep | None = None) -> Fi
         UnsafeDirectory, TierFull, TransferFailed, CorruptRecord: a disk or the hub failed.
         Interrupted: Ctrl-C, after the step under way was finished and saved.
     """
-    settle()
+    arithmetic.settle()
+    heap.settle()
     checkpoint = _find_checkpoint(settings)
     _check_means(settings)
     tokenizer = open_tokenizer(settings.model)

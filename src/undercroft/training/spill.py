@@ -25,7 +25,7 @@ from typing import Self
 
 import torch
 
-from undercroft import machine
+from undercroft import arithmetic, machine
 from undercroft.errors import BudgetExceeded, InvalidInput, SpillMisuse, TierFull, UnsupportedModel
 from undercroft.events import Recorder
 from undercroft.store import pool
@@ -122,6 +122,7 @@ class ActivationSpill:
         self.budget = parse_size(budget)
         if self.budget == 0:
             raise InvalidInput('a spill needs a budget of more than 0 bytes, such as "512MiB"')
+        arithmetic.settle()
         self._model = model
         self._min_bytes = parse_size(min_bytes)
         self._pid = os.getpid()
