@@ -1,4 +1,4 @@
-"""Attention of one query and RMSNorm: near to float64, and one token's bits whatever is computed beside it."""
+"""Attention of one query, RMSNorm and routers: near to float64, and one token's bits whatever is computed beside it."""
 
 import pytest
 import torch
@@ -187,3 +187,66 @@ def test_heads_that_do_not_fit_are_refused() -> None:
     ]:
         with pytest.raises(InvalidInput, match="no heads to turn"):
             trunk.turn(*each)
+
+
+ROUTERS = {"few": (8, 32, 2), "all": (5, 16, 5), "one": (17, 48, 1), "many": (120, 2048, 8)}
+
+
+@DTYPES
+@pytest.mark.parametrize("among", [False, True])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_token_goes_where_float64_sends_it(name: str, dtype: torch.dtype, among: bool) -> None:
+    experts, columns, used = ROUTERS[name]
+    x, weight = torch.randn(1, columns).to(dtype), torch.randn(experts, columns).div(columns**0.5).to(dtype)
+    logits, scores, chosen = trunk.route(x, weight, used, among=among, rounded=False)
+    expected = x.double() @ weight.double().T
+    shares, order = expected.softmax(-1).topk(used)
+    rounding = 2**-8 if dtype is torch.bfloat16 else 0.0
+    torch.testing.assert_close(logits.double(), expected, rtol=rounding, atol=1e-5)
+    assert torch.equal(chosen, order)
+    assert (logits.dtype, scores.dtype) == (dtype, torch.float32)
+    shares = shares / shares.sum() if among else shares
+    torch.testing.assert_close(scores.double(), shares, rtol=1e-5, atol=1e-6)
+    rounded = trunk.route(x, weight, used, among=among, rounded=True)[1]
+    assert torch.equal(rounded, scores.to(dtype))
+
+
+@DTYPES
+def test_instruction_sets_and_threads_change_no_bit_of_a_way(dtype: torch.dtype, native: Library) -> None:
+    experts, columns, used = ROUTERS["many"]
+    x, weight = torch.randn(1, columns).to(dtype), torch.randn(experts, columns).to(dtype)
+    whole = trunk.route(x, weight, used, among=True, rounded=True)
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            for instructions in native.instructions:
+                found = compiled().route(x, weight, used, among=True, rounded=True, instructions=instructions)
+                assert all(map(torch.equal, whole, found))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_of_equal_experts_the_first_are_chosen() -> None:
+    x, weight = torch.ones(1, 16), torch.ones(9, 16)
+    weight[4] = 2.0
+    _, scores, chosen = trunk.route(x, weight, 3, among=True, rounded=True)
+    assert chosen.tolist() == [[4, 0, 1]]
+    assert scores[0, 1] == scores[0, 2]
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "used"),
+    [
+        (torch.ones(2, 16), torch.ones(4, 16), 2),
+        (torch.ones(1, 16), torch.ones(4, 32), 2),
+        (torch.ones(1, 24), torch.ones(4, 24), 2),
+        (torch.ones(1, 16), torch.ones(4, 16, dtype=torch.bfloat16), 2),
+        (torch.ones(1, 16), torch.ones(16, 4).T, 2),
+        (torch.ones(1, 16), torch.ones(4, 16), 5),
+        (torch.ones(1, 16), torch.ones(4, 16), 0),
+    ],
+)
+def test_no_way_is_refused(x: Tensor, weight: Tensor, used: int) -> None:
+    with pytest.raises(InvalidInput, match="no way"):
+        trunk.route(x, weight, used, among=True, rounded=True)

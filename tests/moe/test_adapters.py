@@ -16,9 +16,9 @@ PEFT_IS_OLDER = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_OLDER)
 
 
-def adapted(model: Any) -> Any:
+def adapted(model: Any, **targets: list[str]) -> Any:
     torch.manual_seed(0)
-    wanted = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    wanted = LoraConfig(r=4, init_lora_weights=False, **targets or {"target_modules": ["q_proj", "v_proj"]})
     return get_peft_model(model, wanted)
 
 
@@ -35,3 +35,9 @@ def test_its_training_is_refused_with_what_to_do(checkpoint: Callable[..., Path]
     model, ids = adapted(load_moe(checkpoint(), budget="300KiB")), prompt()
     with pytest.raises(UnsupportedModel, match="undercroft train"):
         model(ids, labels=ids)
+
+
+def test_an_adapter_of_the_experts_is_refused_with_what_to_do(checkpoint: Callable[..., Path]) -> None:
+    model = adapted(load_moe(checkpoint(), budget="300KiB"), target_parameters=["experts.down_proj"])
+    with torch.no_grad(), pytest.raises(UnsupportedModel, match="merge the adapter"):
+        model(prompt())

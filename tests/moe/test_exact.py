@@ -113,14 +113,20 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
         load_moe(tmp_path)
 
 
-def test_a_file_changed_behind_its_back_is_noticed(checkpoint: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    "put_back", [False, True], ids=["plainly", "with the time of its last write put back"]
+)
+def test_a_file_changed_behind_its_back_is_noticed(checkpoint: Callable[..., Path], put_back: bool) -> None:
     folder = checkpoint()
     model = load_moe(folder, BUDGETS["one token"])
     model(input_ids=prompt())
     file = folder / "model.safetensors"
+    before = file.stat()
     with file.open("r+b") as writable:
-        writable.seek(file.stat().st_size // 2)
+        writable.seek(before.st_size // 2)
         writable.write(b"\xff" * 4096)
+    if put_back:
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(CorruptRecord, match="changed"):
         model(input_ids=prompt(length=40))
 

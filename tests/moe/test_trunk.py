@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.moe.conftest import prompt, qwen, stock
+from tests.moe.conftest import mixtral, prompt, qwen, stock
 from tests.moe.families import Family, decorated, fill, tiny_config
 from tests.moe.test_families import COMPOSITE
 from tests.moe.test_served import distance
@@ -19,6 +19,7 @@ from undercroft.moe.load import load_moe
 from undercroft.moe.pack import pack
 from undercroft.moe.quality import Quality
 from undercroft.moe.token_attention import shorten
+from undercroft.moe.token_router import shorten_routers
 from undercroft.moe.trunk import Norm, PackedLinear, quantise_trunk, replace_norms
 
 FAMILIES = [each for each in decorated() if each[0].model_type not in COMPOSITE]
@@ -52,7 +53,13 @@ def test_a_light_trunk_is_near_in_every_family(family: Family) -> None:
     assert distance(torch.stack(wanted.logits), torch.stack(found.logits)) < 1e-4
 
 
-SHORT = [each for each in FAMILIES if each[0].model_type in {"qwen3_moe", "qwen2_moe", "mixtral", "dots1"}]
+ROUTED = {
+    "qwen3_moe": 2,
+    "qwen2_moe": 2,
+    "mixtral": 2,
+    "dots1": 0,
+}  # how many routers are Qwen3-MoE's or Mixtral's
+SHORT = [each for each in FAMILIES if each[0].model_type in ROUTED]
 
 
 @needs_kernels
@@ -66,6 +73,9 @@ def test_a_token_takes_the_short_way_to_the_same_place(family: Family) -> None:
     other = deepcopy(model)
     lighten(other, experts=8)
     assert sum(hasattr(each, "_undercroft_joined") for each in other.modules()) == 2
+    assert (
+        sum(hasattr(each, "_undercroft_way") for each in other.modules()) == ROUTED[model.config.model_type]
+    )
     assert [name for name, _ in model.named_modules()] == [name for name, _ in other.named_modules()]
     wanted, found = (
         each.generate(
@@ -174,3 +184,24 @@ def test_a_tied_head_and_a_router_stay(checkpoint: Callable[..., Path], tmp_path
         quantise_trunk(model, experts=64) == 3 * 2
     )  # k and v have 32 rows, q and o 64, as experts would here
     assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@needs_kernels
+@pytest.mark.parametrize("make", [qwen, mixtral])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_short_router_answers_as_its_own_would(make: Callable[..., Any], dtype: torch.dtype) -> None:
+    model = make(0).to(dtype)
+    other = deepcopy(model)
+    assert shorten_routers(other) == len(model.model.layers)
+    with torch.no_grad():
+        for rows in (1, 3):
+            x = torch.randn(rows, 64).to(dtype)
+            for layer, short in zip(model.model.layers, other.model.layers, strict=True):
+                wanted, found = layer.mlp.gate(x), short.mlp.gate(x)
+                assert [(each.dtype, each.shape) for each in wanted] == [
+                    (each.dtype, each.shape) for each in found
+                ]
+                assert torch.equal(wanted[2], found[2])
+                assert distance(wanted[1].float(), found[1].float()) < (
+                    0.02 if dtype is torch.bfloat16 else 1e-5
+                )

@@ -28,6 +28,7 @@ from undercroft.store.disk import Iovec, Syscalls
 from undercroft.store.policy import EvictionPolicy, Lfu
 from undercroft.store.record import Key
 from undercroft.store.records import RecordFile, Verify
+from undercroft.store.shelf import Hold
 from undercroft.store.slab import Lease, Slab
 from undercroft.store.transfer import Priority, TransferQueue
 from undercroft.store.writer import RecordWriter
@@ -851,6 +852,66 @@ class TestThreads:
         assert house.cache.pinned == 0
 
 
+class TestHolding:
+    def test_what_is_in_memory_is_used_together(self, build: Build) -> None:
+        house = build([BLOCK] * 4, 3)
+        house.use(0, 1, 2)
+        hold = house.cache.hold(keys(2, 0))
+        assert hold is not None
+        assert [bytes_of(house.cache, k, each) for k, each in zip(keys(2, 0), hold.leases, strict=True)] == [
+            content(2),
+            content(0),
+        ]
+        assert house.cache.pinned == 2 * BLOCK
+        assert house.count("hits") == 2
+        house.use(3)
+        assert house.resident() == {0, 2, 3}
+        del hold
+        assert house.cache.pinned == 0
+
+    def test_nothing_is_asked_for_where_one_is_missing(self, build: Build) -> None:
+        house = build([BLOCK] * 3, 2)
+        house.use(0, 1)
+        assert house.cache.hold(keys(0, 2)) is None
+        assert house.cache.pinned == 0
+        assert house.count("hits") == 0
+        house.use(2)
+        assert house.resident() == {1, 2}  # the first was not touched
+
+    def test_what_is_on_its_way_is_missing(self, build: Build) -> None:
+        disk = WatchedDisk()
+        house = build([BLOCK], 1, disk=disk)
+        disk.hold(0)
+        fetched = house.cache.fetch(keys(0))
+        assert house.cache.hold(keys(0)) is None
+        disk.let_go()
+        assert [k for k, _ in fetched] == keys(0)
+
+    def test_holding_is_a_use_to_the_policy_and_of_a_hint(self, build: Build) -> None:
+        house = build([BLOCK] * 3, 2)
+        house.cache.foresee(keys(0))
+        house.settle()
+        house.use(1)
+        assert house.cache.hold(keys(0)) is not None
+        assert house.count("useful_bytes") == BLOCK
+        house.use(2)
+        assert house.resident() == {0, 2}
+
+    def test_what_is_held_when_the_cache_closes_returns_later(self, build: Build) -> None:
+        house = build([BLOCK], 1)
+        house.use(0)
+        hold = house.cache.hold(keys(0))
+        house.cache.close()
+        assert hold is not None
+        assert hold.leases[0].storage(0, BLOCK).nbytes() == BLOCK
+        assert house.slab.leased == BLOCK
+        del hold
+        gc.collect()
+        assert house.slab.leased == 0
+        with pytest.raises(SpillMisuse):
+            house.cache.hold(keys(0))
+
+
 SIZES = [1, 2, 1, 3, 2, 1, 4, 1]  # blocks of each record
 ROOM = 7
 
@@ -866,10 +927,11 @@ class AgainstTheFile(RuleBasedStateMachine):
         path = write(Path(self.directory.name) / "file", *(blocks * BLOCK for blocks in SIZES))
         self.house = House(path, ROOM, policy=Lfu() if policy == "lfu" else None, slab_room=100)
         self.leases: list[tuple[int, Lease]] = []
+        self.holds: list[tuple[list[int], Hold]] = []
         self.room = ROOM
 
     def in_use(self) -> set[int]:
-        return {number for number, _ in self.leases}
+        return {number for number, _ in self.leases} | {each for numbers, _ in self.holds for each in numbers}
 
     @rule(wanted=st.lists(st.integers(0, len(SIZES) - 1), max_size=5), priority=st.sampled_from(Priority))
     def fetch_and_hold(self, wanted: list[int], priority: Priority) -> None:
@@ -899,6 +961,20 @@ class AgainstTheFile(RuleBasedStateMachine):
         except BudgetExceeded:
             assert most > self.room
 
+    @rule(wanted=st.lists(st.integers(0, len(SIZES) - 1), max_size=3, unique=True))
+    def hold(self, wanted: list[int]) -> None:
+        self.house.settle()
+        resident = self.house.resident()
+        found = self.house.cache.hold(keys(*wanted))
+        assert (found is not None) == resident.issuperset(wanted)
+        if found is not None:
+            self.holds.append((wanted, found))
+
+    @precondition(lambda self: self.holds)
+    @rule(data=st.data())
+    def let_go(self, data: st.DataObject) -> None:
+        self.holds.pop(data.draw(st.integers(0, len(self.holds) - 1)))
+
     @rule(wanted=st.lists(st.integers(0, len(SIZES) - 1), max_size=3))
     def ask_and_turn_away(self, wanted: list[int]) -> None:
         self.house.cache.fetch(keys(*wanted))
@@ -922,6 +998,11 @@ class AgainstTheFile(RuleBasedStateMachine):
     def what_is_leased_is_what_was_written(self) -> None:
         for number, lease in self.leases:
             assert bytes_of(self.house.cache, key(number), lease) == content(number, SIZES[number] * BLOCK)
+        for numbers, hold in self.holds:
+            for number, lease in zip(numbers, hold.leases, strict=True):
+                assert bytes_of(self.house.cache, key(number), lease) == content(
+                    number, SIZES[number] * BLOCK
+                )
 
     @invariant()
     def the_budget_holds_and_what_is_in_use_is_there(self) -> None:
@@ -930,6 +1011,7 @@ class AgainstTheFile(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.leases.clear()
+        self.holds.clear()
         self.house.settle()
         gc.collect()
         assert self.house.cache.pinned == 0

@@ -318,7 +318,7 @@ def prefetch(
 def train(
     rounds: Rounds = 7,
     attempts: Attempts = 3,
-    budget: Annotated[str, typer.Option(help="Bytes of activations in memory, when spilling.")] = "160MiB",
+    budget: Annotated[str, typer.Option(help="Bytes of activations in memory, when spilling.")] = "72MiB",
     disk: Disk = None,
     sweep: Annotated[int, typer.Option(help="Instead, train at this many budgets.")] = 0,
     limits: Annotated[int, typer.Option(help="Instead, this many steps under a memory limit; root.")] = 0,

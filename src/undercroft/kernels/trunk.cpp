@@ -1,4 +1,4 @@
-// What a token needs of a model beside its linear layers: attention of one query, and RMSNorm. Plain C ABI; sizes and
+// What a token needs of a model beside its linear layers: attention of one query, RMSNorm, and a router. Plain C ABI; sizes and
 // types were checked by the caller. All sums are float32.
 //
 // Invariant: a result depends on the token's own numbers only, bit for bit: not on the number of tokens, of threads, or
@@ -19,7 +19,7 @@ namespace {
 constexpr int kSixteen = 16;
 constexpr int kHeads = 4;           // queries that share one pass over keys and values
 constexpr int64_t kChunk = 128;     // keys of a task; the sums of chunks are put together in their order
-constexpr int64_t kRows = 16;      // rows of a task that normalises them
+constexpr int64_t kRows = 16;      // rows of a task that normalises or multiplies them
 constexpr float kLeastPower = -87.f;  // e to a lesser power counts as much, which is nothing beside one
 
 struct Rows {
@@ -41,10 +41,12 @@ struct Attention {
 };
 
 using Attend = void(const float* queries, const Rows& keys, const Rows& values, int64_t count, Weight*, float* out);
+using Meet = void(const float* query, const char* keys, int64_t stride, int64_t count, int64_t width, float* out);
 using Normalise = void(const void* x, const void* weight, int64_t columns, float least, float* out);
 
 struct Loops {
   std::array<Attend*, kHeads> attend[2];  // of float32, of bfloat16
+  Meet* meet[2];
   Normalise* normalise[2][2];
 };
 
@@ -130,6 +132,36 @@ bool undercroft_trunk_attend(int instructions, int threads, bool bf16, const Att
     unite(weights.get() + row, sums.get() + row * a.value_width, chunks, rows, a.value_width, whole.get());
     emit(whole.get(), a.value_width, bf16, out, row * a.value_width);
   }
+  return true;
+} catch (const std::bad_alloc&) {
+  return false;
+}
+
+// Where a token goes: logits [experts] = weight [experts, columns] . x, and of the `used` largest, the largest first and
+// the lower number first where they are equal, their numbers and their shares of the softmax, or of each other's if
+// `among` them. False: no memory.
+bool undercroft_trunk_route(int instructions, int threads, bool bf16, bool score_bf16, bool among, int64_t experts,
+                            int64_t columns, int64_t used, const void* x, const char* weight, void* logits,
+                            void* scores, int64_t* chosen) try {
+  Meet* const meet = loops_of(instructions).meet[bf16];
+  const int64_t stride = columns * (bf16 ? 2 : 4), tasks = (experts + kRows - 1) / kRows;
+  const std::unique_ptr<float[]> values(new float[columns + experts + used]);
+  const std::unique_ptr<int64_t[]> order(new int64_t[experts]);
+  float *const query = values.get(), *const found = query + columns, *const shares = found + experts;
+  load_input(x, bf16, 0, columns, query);
+  in_parallel(team(threads, experts * columns), tasks, [&](int64_t task) {
+    const int64_t first = task * kRows;
+    meet(query, weight + first * stride, stride, std::min(kRows, experts - first), columns, found + first);
+  });
+  for (int64_t e = 0; e < experts; e++) order[e] = e;
+  std::partial_sort(order.get(), order.get() + used, order.get() + experts,
+                    [&](int64_t a, int64_t b) { return found[a] != found[b] ? found[a] > found[b] : a < b; });
+  float total = 0.f;
+  for (int64_t i = 0; i < (among ? used : experts); i++) total += std::exp(found[order[i]] - found[order[0]]);
+  for (int64_t i = 0; i < used; i++) shares[i] = std::exp(found[order[i]] - found[order[0]]) / total;
+  std::copy_n(order.get(), used, chosen);
+  emit(found, experts, bf16, logits, 0);
+  emit(shares, used, score_bf16, scores, 0);
   return true;
 } catch (const std::bad_alloc&) {
   return false;

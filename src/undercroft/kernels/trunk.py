@@ -1,4 +1,4 @@
-"""What a token needs of a model beside its linear layers: attention of one query, and RMSNorm.
+"""What a token needs of a model beside its linear layers: attention of one query, RMSNorm, and a router.
 
 It checks arguments, and knows the C functions of `trunk.cpp`. All sums are float32, so results differ in their last
 bits from PyTorch's, mostly by being nearer. Invariants: sizes, types and devices were checked before an address goes
@@ -47,7 +47,22 @@ class Trunk:
             c_void_p,
             c_void_p,
         )
-        self._attend.restype = self._normalise.restype = self._turn.restype = c_bool
+        self._route = compiled.undercroft_trunk_route
+        self._route.argtypes = (
+            c_int,
+            c_int,
+            c_bool,
+            c_bool,
+            c_bool,
+            c_int64,
+            c_int64,
+            c_int64,
+            *pointers,
+            c_void_p,
+            c_void_p,
+        )
+        for function in (self._attend, self._normalise, self._turn, self._route):
+            function.restype = c_bool
         self._number = products.number
 
     def attend(
@@ -96,6 +111,27 @@ class Trunk:
         kind = (self._number(instructions), x.dtype is torch.bfloat16)
         addresses = (*weights, cosines.data_ptr(), sines.data_ptr(), x.data_ptr())
         library.require_memory(self._turn(*kind, *heads, cosines.numel(), least, *addresses))
+
+    def route(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        used: int,
+        *,
+        among: bool,
+        rounded: bool,
+        instructions: str | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As the function of that name, with the named or the fastest instruction set."""
+        experts, columns = weight.shape
+        logits = x.new_empty(1, experts)
+        scores = torch.empty(1, used, dtype=x.dtype if rounded else torch.float32)
+        chosen = torch.empty(1, used, dtype=torch.int64)
+        kinds = (x.dtype is torch.bfloat16, scores.dtype is torch.bfloat16, among)
+        addresses = [each.data_ptr() for each in (x, weight, logits, scores, chosen)]
+        number, threads = self._number(instructions), torch.get_num_threads()
+        library.require_memory(self._route(number, threads, *kinds, experts, columns, used, *addresses))
+        return logits, scores, chosen
 
 
 @cache
@@ -217,3 +253,33 @@ def turn(
     found = load()
     assert found is not None, "asked for where `available` says no"
     found.turn(x, heads, norms, least, cosines, sines)
+
+
+def route(
+    x: Tensor, weight: Tensor, used: int, *, among: bool, rounded: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where one token goes: softmax(weight @ x), of which the largest are chosen.
+
+    Args:
+        x: [1, columns], contiguous, float32 or bfloat16 on the CPU; columns is a multiple of 16.
+        weight: [experts, columns], likewise, of the same dtype.
+        used: how many are chosen, 1 to experts.
+        among: shares of the chosen add up to one; else these are shares among all experts.
+        rounded: shares are of the dtype of x; else float32.
+
+    Returns:
+        Logits [1, experts] in the dtype of x; shares and numbers [1, used], the largest first.
+
+    Raises:
+        InvalidInput: they are not so.
+    """
+    fits = x.dim() == weight.dim() == 2 and len(x) == 1 and x.shape[1] == weight.shape[1]
+    alike = x.dtype is weight.dtype and x.dtype in DTYPES and x.is_cpu and weight.is_cpu
+    whole = x.is_contiguous() and weight.is_contiguous() and x.shape[-1] % STEP == 0
+    if not (fits and alike and whole and 1 <= used <= len(weight)):
+        raise InvalidInput(
+            f"no way for {list(x.shape)} of {x.dtype} to {used} of {list(weight.shape)} of {weight.dtype}"
+        )
+    found = load()
+    assert found is not None, "asked for where `available` says no"
+    return found.route(x, weight, used, among=among, rounded=rounded)

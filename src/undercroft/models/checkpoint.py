@@ -70,12 +70,14 @@ class Version:
 
     nbytes: int
     changed_ns: int
+    status_changed_ns: int
+    """By the system's own clock: a program may set the time of the last write back, and not this one."""
 
     @staticmethod
     def of(fd: int) -> Version:
         """That of an open file."""
         status = os.fstat(fd)
-        return Version(status.st_size, status.st_mtime_ns)
+        return Version(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 class Checkpoint(Mapping[str, StoredTensor]):

@@ -193,7 +193,7 @@ class Engine:
         uses = self._uses(layer, experts, weights)
         choices = self._order.step(layer.number, uses, len(experts), self.cache.__contains__)
         self._hints.turn_to(layer.number, {choice.key for choice in choices})
-        return LayerService(self, layer, choices)
+        return LayerService(self, layer, choices, is_token=len(experts) == 1)
 
     def foresee(self, layer: int, experts: Sequence[int], chance: float = 1.0) -> int:
         """Begin to read what a later layer of this forward will probably want, behind all that is wanted now.
@@ -239,7 +239,9 @@ class Engine:
 class LayerService:
     """The experts of one forward of one layer; a `streamed.Service`."""
 
-    def __init__(self, engine: Engine, layer: ServedLayer, choices: Sequence[Choice]) -> None:
+    def __init__(
+        self, engine: Engine, layer: ServedLayer, choices: Sequence[Choice], *, is_token: bool
+    ) -> None:
         self._engine, self._layer = engine, layer
         self.skipped = {choice.expert for choice in choices if choice.key is None}
         self._keys = {choice.expert: choice.key for choice in choices if choice.key is not None}
@@ -248,7 +250,8 @@ class LayerService:
         self._held: dict[Key, Lease] = {}
         self._at = -1
         self._parameters: Mapping[str, Tensor] = {}
-        self._begin()
+        if layer.gated is None or not is_token:  # else `blocks` is next, and sees first whether all are there
+            self._begin()
 
     def __getitem__(self, expert: int) -> Mapping[str, Tensor]:
         if expert != self._at:
@@ -280,7 +283,13 @@ class LayerService:
 
         All of a wave have room together, so none has to leave for the next.
         """
-        places = self._engine.stock.places
+        places, keys = self._engine.stock.places, list(self._keys.values())
+        if keys and self._coming is NOTHING and (hold := self._engine.cache.hold(keys)) is not None:
+            yield [
+                (places[key].expert, self._engine.block(key, lease))
+                for key, lease in zip(keys, hold.leases, strict=True)
+            ]
+            return
         while True:
             while arrived := self._together():
                 yield [(places[key].expert, self._engine.block(key, lease)) for key, lease in arrived]

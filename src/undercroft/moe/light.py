@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from undercroft.kernels import trunk
 from undercroft.moe.attention import attend_here
 from undercroft.moe.token_attention import shorten
+from undercroft.moe.token_router import shorten_routers
 from undercroft.moe.trunk import quantise_trunk, replace_norms
 
 
@@ -23,5 +24,6 @@ def lighten(model: PreTrainedModel, *, experts: int) -> None:
     quantise_trunk(model, experts=experts)
     if trunk.available():
         replace_norms(model)
+        shorten_routers(model)
         if attend_here(model):
             shorten(model)

@@ -38,7 +38,7 @@ from undercroft.moe.packed import PackedExperts, is_packed, open_packed
 from undercroft.moe.policies import make_policy
 from undercroft.moe.quality import Quality
 from undercroft.moe.stock import Stock
-from undercroft.moe.streamed import IMPLEMENTATION, attach
+from undercroft.moe.streamed import IMPLEMENTATION, attach, places, refuse_wrapped
 from undercroft.moe.survey import survey
 from undercroft.store.budget import Budget
 from undercroft.store.cache import RecordCache
@@ -176,6 +176,9 @@ def _wire(
         governor = prefetch if isinstance(prefetch, Governor) else Governor()
         look_ahead(model, engine, {layer.number: layer.module for layer in experts.layers}, governor)
     model.register_forward_pre_hook(partial(_tell, engine, headroom), with_kwargs=True)
+    model.register_forward_pre_hook(
+        partial(refuse_wrapped, places(model, [layer.module for layer in experts.layers]))
+    )
     setattr(model, _ENGINE, engine)
 
 

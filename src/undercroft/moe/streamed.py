@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -90,6 +90,37 @@ class _Borrowed:
 def attach(module: torch.nn.Module, serve: Serve) -> None:
     """Let a module find its experts through `serve`."""
     setattr(module, _ATTRIBUTE, serve)
+
+
+class Place(NamedTuple):
+    """Where an experts module is: an attribute of another module."""
+
+    parent: torch.nn.Module
+    attribute: str
+    module: torch.nn.Module
+
+
+def places(model: torch.nn.Module, names: Sequence[str]) -> list[Place]:
+    """Those of a model's experts modules, whose dotted names are given."""
+    parts = [name.rpartition(".") for name in names]
+    return [
+        Place(model.get_submodule(parent), attribute, model.get_submodule(name))
+        for name, (parent, _, attribute) in zip(names, parts, strict=True)
+    ]
+
+
+def refuse_wrapped(found: Sequence[Place], *_: Any) -> None:
+    """Make sure that experts modules are where they were.
+
+    Raises:
+        UnsupportedModel: another module took the place of one, as peft's do around the parameters that they adapt.
+    """
+    for parent, attribute, module in found:
+        if (there := getattr(parent, attribute)) is not module:
+            raise UnsupportedModel(
+                f"{type(there).__name__} was put around streamed experts, whose weights are not here to be adapted: "
+                "adapt other modules (attention, routers), or merge the adapter into the checkpoint"
+            )
 
 
 def attached(module: torch.nn.Module) -> Serve:

@@ -23,6 +23,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 from undercroft.errors import InvalidInput
 from undercroft.kernels import trunk
 from undercroft.kernels.linear import Weight, is_plain
+from undercroft.moe.alike import alike
 from undercroft.moe.attention import OTHERWISE, attention
 from undercroft.moe.trunk import Norm, PackedLinear
 
@@ -129,8 +130,8 @@ def _joined(layer: nn.Module) -> _Joined | None:
     """What a layer's parts make together, if it is one of those known here."""
     kind, module = type(layer), cast("Any", layer)
     forward: Callable[..., Any] = kind.forward
-    has_norms = _same(forward, _NORMED)
-    if not has_norms and not any(_same(forward, each) for each in _PLAIN):
+    has_norms = alike(forward, _NORMED)
+    if not has_norms and not any(alike(forward, each) for each in _PLAIN):
         return None
     parts = [module.q_proj, module.k_proj, module.v_proj]
     norms = [module.q_norm, module.k_norm] if has_norms else []
@@ -138,20 +139,9 @@ def _joined(layer: nn.Module) -> _Joined | None:
         isinstance(norm, Norm) for norm in norms
     )
     turns: Any = getattr(inspect.getmodule(kind), "apply_rotary_pos_emb", None)
-    if not is_light or module.head_dim % trunk.STEP or turns is None or not _same(turns, _ROTARY):
+    if not is_light or module.head_dim % trunk.STEP or turns is None or not alike(turns, _ROTARY):
         return None
     try:
         return _Joined(parts, norms, module.head_dim)
     except InvalidInput:
         return None
-
-
-def _same(function: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """Whether two functions do the same, instruction by instruction; their words may differ."""
-    codes = [each.__code__ for each in (function, other)]
-    one, two = ((code.co_code, code.co_names, _numbers(code.co_consts)) for code in codes)
-    return one == two
-
-
-def _numbers(constants: tuple[Any, ...]) -> list[Any]:
-    return [each for each in constants if not isinstance(each, str)]

@@ -15,6 +15,7 @@ from undercroft.kernels import trunk
 from undercroft.kernels.format import Format
 from undercroft.kernels.linear import DTYPES, Weight, is_plain
 from undercroft.kernels.quantise import dequantise, quantise
+from undercroft.moe.alike import alike
 
 _GROUPS = (128, 64, 32)
 
@@ -120,10 +121,8 @@ def quantise_trunk(model: nn.Module, *, experts: int) -> int:
 
 
 def _is_usual(norm: nn.Module) -> bool:
-    code, usual = type(norm).forward.__code__, LlamaRMSNorm.forward.__code__
-    same = (code.co_code, code.co_names, code.co_consts) == (usual.co_code, usual.co_names, usual.co_consts)
     weight: Any = getattr(norm, "weight", None)
-    return same and weight.numel() % trunk.STEP == 0
+    return alike(type(norm).forward, LlamaRMSNorm.forward) and weight.numel() % trunk.STEP == 0
 
 
 def _format(columns: int) -> Format | None:

@@ -29,7 +29,7 @@ from undercroft.store.policy import EvictionPolicy, Lru
 from undercroft.store.record import Key, Record
 from undercroft.store.records import RecordSource, homes
 from undercroft.store.request import Request
-from undercroft.store.shelf import Entry, Shelf, Spare, anything
+from undercroft.store.shelf import Entry, Hold, Shelf, Spare, anything
 from undercroft.store.slab import Lease, Slab
 from undercroft.store.transfer import CHUNK, Cancelled, Priority, Transfer, TransferQueue, check_process
 from undercroft.units import parse_size
@@ -144,6 +144,33 @@ class RecordCache:
         if transfers:
             self._loader.submit(transfers, priority)
         return Arrivals(partial(self._take, request))
+
+    def hold(self, keys: Sequence[Key]) -> Hold | None:
+        """Use records together that are all in memory: a `fetch` that waits for nothing, and costs a third of one.
+
+        Args:
+            keys: different ones.
+
+        Returns:
+            None where one is not there, as if nothing had been asked.
+
+        Raises:
+            SpillMisuse: the cache is closed, or belongs to the process this one was forked from.
+        """
+        check_process(self._process)
+        with self._lock:
+            self._check_open()
+            found: list[Entry] = []
+            for key in keys:
+                entry = self._shelf.entries.get(key)
+                if entry is None or entry.loading:
+                    return None
+                found.append(entry)
+            for entry in found:
+                self._policy.touch(entry.key)
+                self._not_foreseen(entry)
+            self._recorder.count("hits", len(found))
+            return self._shelf.hold(found)
 
     def foresee(
         self, keys: Iterable[tuple[str, str]], *, may_leave: Callable[[Key], bool] = lambda key: True
@@ -276,15 +303,19 @@ class RecordCache:
             self._join(request, entry)
 
     def _join(self, request: Request, entry: Entry) -> None:
-        if entry.foreseen:
-            entry.foreseen = False
-            self._recorder.count("useful_bytes", entry.nbytes)
+        self._not_foreseen(entry)
         self._shelf.hints.pop(entry, None)
         if entry.loading:
             self._await(request, entry)
             self._loader.hasten(entry, request.priority)
         else:
             request.ready.append((entry.key, self._shelf.pin(entry)))
+
+    def _not_foreseen(self, entry: Entry) -> None:
+        """Somebody asks for it now."""
+        if entry.foreseen:
+            entry.foreseen = False
+            self._recorder.count("useful_bytes", entry.nbytes)
 
     def _await(self, request: Request, entry: Entry) -> None:
         request.expect(entry.key, entry.nbytes)

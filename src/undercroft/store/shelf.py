@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -54,6 +54,23 @@ class Entry:
     loading: bool = True
     foreseen: bool = False
     waiters: list[weakref.ref[Request]] = field(default_factory=list[weakref.ref[Request]])
+
+
+class Hold:
+    """Several entries in use, until this object dies: one pin for all of them.
+
+    Attributes:
+        leases: of their rooms, in the order in which they were asked for. They are the entries' own: no view made of
+            one may live longer than this object.
+    """
+
+    __slots__ = ("_on_end", "leases")
+
+    def __init__(self, leases: Sequence[Lease], on_end: Callable[[], None]) -> None:
+        self.leases, self._on_end = leases, on_end
+
+    def __del__(self) -> None:
+        self._on_end()
 
 
 Spare = Callable[[Entry], bool]
@@ -101,7 +118,7 @@ class Shelf:
         self.hints: dict[Entry, None] = {}
         self.entries: dict[Key, Entry] = {}
         self._slab, self._policy, self._on_evict = slab, policy, on_evict
-        self._unpinned: SimpleQueue[Entry] = SimpleQueue()
+        self._unpinned: SimpleQueue[Sequence[Entry]] = SimpleQueue()
 
     @property
     def room(self) -> int:
@@ -157,22 +174,17 @@ class Shelf:
 
     def pin(self, entry: Entry) -> Lease:
         """A lease of the entry's bytes; while it or a view of it lives, the entry stays."""
-        assert entry.lease is not None
-        if not entry.pins:
-            self.idle -= entry.nbytes
-        entry.pins += 1
-        return entry.lease.pin(partial(self._unpinned.put, entry))
+        return self._use(entry).pin(partial(self._unpinned.put, (entry,)))
+
+    def hold(self, entries: Sequence[Entry]) -> Hold:
+        """A use of several entries, which ends for all together."""
+        return Hold([self._use(entry) for entry in entries], partial(self._unpinned.put, entries))
 
     def collect(self) -> None:
         """Take note of the pins that died; what there is no room for any more leaves."""
         while not self._unpinned.empty():
-            entry = self._unpinned.get()
-            entry.pins -= 1
-            if not entry.pins and entry.lease is not None:
-                self.idle += entry.nbytes
-                if self.held > self.budget:  # which has become smaller
-                    self._evict(entry)
-                    self._slab.trim()
+            for entry in self._unpinned.get():
+                self._unpin(entry)
 
     def resize(self, budget: int) -> None:
         """Set the budget; as many entries leave as it has no room for, and with them the memory that they took."""
@@ -207,6 +219,21 @@ class Shelf:
             "has none; make it larger",
             errno=errno.ENOMEM,
         )
+
+    def _use(self, entry: Entry) -> Lease:
+        assert entry.lease is not None
+        if not entry.pins:
+            self.idle -= entry.nbytes
+        entry.pins += 1
+        return entry.lease
+
+    def _unpin(self, entry: Entry) -> None:
+        entry.pins -= 1
+        if not entry.pins and entry.lease is not None:
+            self.idle += entry.nbytes
+            if self.held > self.budget:  # which has become smaller
+                self._evict(entry)
+                self._slab.trim()
 
     def _forget_read(self, entry: Entry) -> None:
         self.loading.pop(entry, None)
