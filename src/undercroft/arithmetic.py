@@ -2,8 +2,8 @@
 
 oneMKL 2024.2, which PyTorch's wheels contain, finds out what processor it runs on when the first of its vector
 functions (sqrt, exp, cos and others) is called. Where several threads make that call at once, one of them may
-compute its share with half the bits: PyTorch's issue 188792. It then is AdamW's first step, or the angles of the
-first rotary embedding, that are off by three parts in ten thousand, with nothing said.
+compute its share with half the bits: PyTorch's issue 188792. Then AdamW's first step, or the turns of the first rotary
+embedding, are off by up to three parts in ten thousand, with nothing said (`lab/LOG.md`).
 """
 
 from __future__ import annotations

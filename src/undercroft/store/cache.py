@@ -146,7 +146,7 @@ class RecordCache:
         return Arrivals(partial(self._take, request))
 
     def hold(self, keys: Sequence[Key]) -> Hold | None:
-        """Use records together that are all in memory: a `fetch` that waits for nothing, and costs a third of one.
+        """Use records together that are all in memory: a `fetch` that waits for nothing, with one pin for all.
 
         Args:
             keys: different ones.
