@@ -26,5 +26,6 @@ for _ in range({CHILDREN}):
 
 
 def test_first_results_have_the_bits_of_later_ones() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ BANK = 3 * 16 * EXPERT
 
 
 def headroom_of(model: Any) -> Headroom:
-    (hook,) = model._forward_pre_hooks.values()
+    hook, *_ = model._forward_pre_hooks.values()
     return hook.args[1]
 
 
