@@ -160,7 +160,7 @@ def load() -> Library | None:
 
 def compiled(name: str, *includes: str) -> ctypes.CDLL | None:
     """What a source of this folder was compiled to, compiled first if need be; None where that cannot be done."""
-    files = [_HERE / include for include in ("vectors.h", *includes)]
+    files = [_HERE / include for include in ("vectors.h", "dispatch.inc", *includes)]
     try:
         return ctypes.CDLL(str(native.library(_HERE / f"{name}.cpp", includes=files, flags=_FLAGS)))
     except (OSError, subprocess.SubprocessError) as error:

@@ -63,33 +63,8 @@ struct Loops {
   Tile* tile(int bits, int64_t rows) const { return tiles[bits / 4][rows - 1]; }
 };
 
-#if defined(__x86_64__)
-namespace avx512vnni {
-#define TARGET TARGET_AVX512VNNI
-#include "tile.inc"
-#undef TARGET
-}  // namespace avx512vnni
-
-namespace avx2 {
-#define TARGET TARGET_AVX2
-#include "tile.inc"
-#undef TARGET
-}  // namespace avx2
-#endif
-
-namespace portable {
-#define TARGET
-#include "tile.inc"
-#undef TARGET
-}  // namespace portable
-
-const Loops& loops_of(int instructions) {
-#if defined(__x86_64__)
-  if (instructions == 2) return avx512vnni::kLoops;
-  if (instructions == 1) return avx2::kLoops;
-#endif
-  return portable::kLoops;
-}
+#define LOOPS "tile.inc"
+#include "dispatch.inc"
 
 // Of one row; fill(column, count, values) writes the activations of one group as float.
 template <class Fill>

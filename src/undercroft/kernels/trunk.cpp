@@ -50,39 +50,14 @@ struct Loops {
   Normalise* normalise[2][2];
 };
 
-#if defined(__x86_64__)
-namespace avx512vnni {
-#define TARGET TARGET_AVX512VNNI
-#include "trunk.inc"
-#undef TARGET
-}  // namespace avx512vnni
-
-namespace avx2 {
-#define TARGET TARGET_AVX2
-#include "trunk.inc"
-#undef TARGET
-}  // namespace avx2
-#endif
-
-namespace portable {
-#define TARGET
-#include "trunk.inc"
-#undef TARGET
-}  // namespace portable
-
-const Loops& loops_of(int instructions) {
-#if defined(__x86_64__)
-  if (instructions == 2) return avx512vnni::kLoops;
-  if (instructions == 1) return avx2::kLoops;
-#endif
-  return portable::kLoops;
-}
+#define LOOPS "trunk.inc"
+#include "dispatch.inc"
 
 void emit(const float* values, int64_t count, bool bf16, void* out, int64_t at) {
   if (bf16)
-    std::transform(values, values + count, static_cast<uint16_t*>(out) + at, to_bf16);
+    emit(values, count, static_cast<uint16_t*>(out) + at);
   else
-    std::copy_n(values, count, static_cast<float*>(out) + at);
+    emit(values, count, static_cast<float*>(out) + at);
 }
 
 // What one head makes of its chunks: their sums, each by its weight.

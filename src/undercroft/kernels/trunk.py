@@ -147,6 +147,12 @@ def available() -> bool:
     return load() is not None
 
 
+def _native() -> Trunk:
+    found = load()
+    assert found is not None, "asked for where `available` says no"
+    return found
+
+
 def attends(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether `attend` takes these: one query of each head, and widths and types that it knows."""
     return (
@@ -186,9 +192,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     if not attends(query, keys, values):
         shapes = ", ".join(f"{list(each.shape)} of {each.dtype}" for each in (query, keys, values))
         raise InvalidInput(f"no attention of one query: {shapes}")
-    found = load()
-    assert found is not None, "asked for where `available` says no"
-    return found.attend(query.contiguous(), keys, values, scale)
+    return _native().attend(query.contiguous(), keys, values, scale)
 
 
 def rms_norm(x: Tensor, weight: Tensor, least: float) -> Tensor:
@@ -208,9 +212,7 @@ def rms_norm(x: Tensor, weight: Tensor, least: float) -> Tensor:
             f"no rows to normalise: {list(x.shape)} of {x.dtype} on {x.device} and {list(weight.shape)} of "
             f"{weight.dtype} on {weight.device}"
         )
-    found = load()
-    assert found is not None, "asked for where `available` says no"
-    return found.rms_norm(x.contiguous(), weight.contiguous(), least)
+    return _native().rms_norm(x.contiguous(), weight.contiguous(), least)
 
 
 def turn(
@@ -250,9 +252,7 @@ def turn(
             f"no heads to turn: {list(x.shape)} of {x.dtype} for {heads} heads of {width}, with weights and turns "
             f"{[(each.numel(), each.dtype) for each in others]}"
         )
-    found = load()
-    assert found is not None, "asked for where `available` says no"
-    found.turn(x, heads, norms, least, cosines, sines)
+    _native().turn(x, heads, norms, least, cosines, sines)
 
 
 def route(
@@ -280,6 +280,4 @@ def route(
         raise InvalidInput(
             f"no way for {list(x.shape)} of {x.dtype} to {used} of {list(weight.shape)} of {weight.dtype}"
         )
-    found = load()
-    assert found is not None, "asked for where `available` says no"
-    return found.route(x, weight, used, among=among, rounded=rounded)
+    return _native().route(x, weight, used, among=among, rounded=rounded)

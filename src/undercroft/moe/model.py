@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from undercroft.errors import InvalidInput, UnsupportedModel
+from undercroft.moe.mixed import put_before
 
 
 class StreamedModel:
@@ -75,7 +76,6 @@ def adopt(model: PreTrainedModel, files: Sequence[Path]) -> None:
         model: whose experts are meta tensors.
         files: its checkpoint's files of weights.
     """
-    own = type(model)
-    model.__class__ = type(own.__name__, (StreamedModel, own), {"__module__": own.__module__})
+    put_before(StreamedModel, model)
     cast("Any", model).undercroft_files = files
     cast("Any", model).hf_device_map = {"": "cpu"}  # so that pipelines leave it where it is

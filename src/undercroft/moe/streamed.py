@@ -21,6 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from undercroft.errors import UnsupportedModel
 from undercroft.kernels import Block, Gated, add_up, feed_forwards, mix
 from undercroft.kernels.linear import DTYPES
+from undercroft.moe.alike import alike
 
 IMPLEMENTATION = "undercroft"
 """What transformers calls this way to run experts."""
@@ -180,8 +181,7 @@ def _without(chosen: Tensor, weights: Tensor, skipped: list[int]) -> tuple[Tenso
 @cache
 def _is_usual(forward: Any) -> bool:
     """Whether a family's forward is, instruction by instruction, Mixtral's, as most families' is."""
-    code, usual = forward.__code__, _USUAL.__code__
-    return code is usual or (code.co_code, code.co_names) == (usual.co_code, usual.co_names)
+    return alike(forward, _USUAL)
 
 
 def _one_token(module: Any, service: Service, hidden: Tensor, chosen: Any, weights: Tensor) -> Tensor:

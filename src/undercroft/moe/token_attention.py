@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -25,6 +24,7 @@ from undercroft.kernels import trunk
 from undercroft.kernels.linear import Weight, is_plain
 from undercroft.moe.alike import alike
 from undercroft.moe.attention import OTHERWISE, attention
+from undercroft.moe.mixed import put_before
 from undercroft.moe.trunk import Norm, PackedLinear
 
 _NORMED: Any = Qwen3MoeAttention.forward
@@ -41,7 +41,7 @@ def shorten(model: nn.Module) -> int:
     for module in model.modules():
         joined = _joined(module)
         if joined is not None:
-            module.__class__ = _short(type(module))
+            put_before(_Short, module)
             setattr(module, _JOINED, joined)
             number += 1
     return number
@@ -119,11 +119,6 @@ class _Short:
 
 
 _JOINED = "_undercroft_joined"
-
-
-@cache
-def _short(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (_Short, kind), {"__module__": kind.__module__})
 
 
 def _joined(layer: nn.Module) -> _Joined | None:

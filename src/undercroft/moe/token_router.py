@@ -6,7 +6,6 @@ everything else its own. It knows these two; not who is asked for experts then.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from undercroft.kernels import trunk
 from undercroft.kernels.linear import is_plain
 from undercroft.moe.alike import alike
+from undercroft.moe.mixed import put_before
 
 _QWENS: Any = Qwen3MoeTopKRouter.forward  # pyright: ignore
 _MIXTRALS: Any = MixtralTopKRouter.forward  # pyright: ignore
@@ -35,7 +35,7 @@ def shorten_routers(model: nn.Module) -> int:
     for module in model.modules():
         way = _way(module)
         if way is not None:
-            module.__class__ = _short(type(module))
+            put_before(_Short, module)
             setattr(module, _WAY, way)
             number += 1
     return number
@@ -54,11 +54,6 @@ class _Short:
             return trunk.route(x, weight, router.top_k, among=way.among, rounded=way.rounded)
         stock: Any = super()
         return stock.forward(hidden_states)
-
-
-@cache
-def _short(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (_Short, kind), {"__module__": kind.__module__})
 
 
 def _way(module: nn.Module) -> _Way | None:
