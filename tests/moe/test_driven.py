@@ -153,3 +153,21 @@ def test_experts_of_another_form_are_refused(experts: PackedExperts) -> None:
     odd.__dict__.update(experts.__dict__, layers=[other])
     with pytest.raises(InvalidInput, match="only gated feed-forward blocks"):
         Driven(odd, used=3, budget=1 << 20)
+
+
+def test_what_a_token_wants_is_asked_for_before_anything_can_be_read_ahead(experts: PackedExperts) -> None:
+    trace = routing(experts.high)
+    token = next(each for each in steps(trace) if len(each.chosen) == 1)
+    with Driven(experts, used=3, budget=36 * trace.expert_nbytes[0]) as driven:
+        layer = driven._layers[token.layer]
+        for _ in range(2):
+            service = driven.engine.serve(layer, token.chosen, token.weights)
+            assert driven.engine.report().misses == 3
+            assert all(service[expert] for expert in token.chosen[0].tolist())
+            service.close()
+            del service
+        service = driven.engine.serve(layer, token.chosen, token.weights)
+        assert driven.engine.cache.pinned == 3 * trace.expert_nbytes[0]
+        service.close()
+        assert driven.engine.cache.pinned == 0
+        assert driven.engine.report().hits == 6

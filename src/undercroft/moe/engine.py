@@ -250,8 +250,13 @@ class LayerService:
         self._held: dict[Key, Lease] = {}
         self._at = -1
         self._parameters: Mapping[str, Tensor] = {}
-        if layer.gated is None or not is_token:  # else `blocks` is next, and sees first whether all are there
+        # What `blocks` gives does not outlive this object, so one pin may do for all, where all are there.
+        keys = list(self._keys.values())
+        self._hold = engine.cache.hold(keys) if is_token and layer.gated is not None else None
+        if self._hold is None:
             self._begin()
+        else:
+            self._held, self._waves = dict(zip(keys, self._hold.leases, strict=True)), iter(())
 
     def __getitem__(self, expert: int) -> Mapping[str, Tensor]:
         if expert != self._at:
@@ -283,13 +288,7 @@ class LayerService:
 
         All of a wave have room together, so none has to leave for the next.
         """
-        places, keys = self._engine.stock.places, list(self._keys.values())
-        if keys and self._coming is NOTHING and (hold := self._engine.cache.hold(keys)) is not None:
-            yield [
-                (places[key].expert, self._engine.block(key, lease))
-                for key, lease in zip(keys, hold.leases, strict=True)
-            ]
-            return
+        places = self._engine.stock.places
         while True:
             while arrived := self._together():
                 yield [(places[key].expert, self._engine.block(key, lease)) for key, lease in arrived]
@@ -301,7 +300,7 @@ class LayerService:
         """Let go of all."""
         self._parameters, self._at = {}, -1
         self._held.clear()
-        self._coming = NOTHING
+        self._hold, self._coming = None, NOTHING
 
     def _begin(self) -> bool:
         wave = next(self._waves, None)
@@ -319,7 +318,10 @@ class LayerService:
         return self._held.pop(key)
 
     def _together(self) -> list[tuple[Key, Lease]]:
-        """Wait for some of those that were asked for; none where all came."""
+        """Those that are held; or wait for some of those that were asked for; none where all came."""
+        if self._held:
+            held, self._held = list(self._held.items()), {}
+            return held
         began = time.perf_counter()
         arrived = self._coming.together()
         self._engine.waited_seconds += time.perf_counter() - began
