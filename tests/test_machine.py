@@ -157,6 +157,21 @@ def test_rates_must_be_positive() -> None:
         rates(read=0)
 
 
+@pytest.mark.parametrize(
+    ("found", "expected"), [((2.2e9, 2.25e9, 2.1e9), 1), ((1e9, 2.9e9, 3e9), 4), ((1e9, 2e9, 3e9), 8)]
+)
+def test_as_few_readers_as_come_near_the_best_rate(
+    fresh_home: Path, tmp_path: Path, found: tuple[float, ...], expected: int
+) -> None:
+    assert machine.readers(tmp_path) == 2
+    depths = tuple(
+        DepthRates(depth=depth, read=read, write=1e9) for depth, read in zip((1, 4, 8), found, strict=True)
+    )
+    measured = DiskRates(device=machine.disk(tmp_path).device, measured="", direct=True, depths=depths)
+    machine.store_rates(tmp_path, measured)
+    assert machine.readers(tmp_path) == expected
+
+
 def test_the_best_rate_may_come_from_different_depths() -> None:
     assert (rates().read, rates().write) == (2e9, 1e9)
 

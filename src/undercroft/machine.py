@@ -21,6 +21,9 @@ from undercroft.errors import InvalidInput, UnsafeDirectory
 
 _RAM_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
 _RATES_FILE = "disk-rates.json"
+_READERS = 2
+_NEARLY = 0.95
+"""Of a rate, what counts as coming near it."""
 
 
 def home() -> Path:
@@ -248,6 +251,21 @@ class DiskRates:
     def write(self) -> float:
         """The best write rate at any depth, bytes per second."""
         return max(rates.write for rates in self.depths)
+
+
+def readers(directory: str | os.PathLike[str]) -> int:
+    """How many reads of some megabytes to keep in flight on the disk under a directory.
+
+    The fewest with which it was measured to come near its best rate: then what is asked for first arrives first, and is
+    computed with while the rest is on its way. 2 where nothing was measured.
+
+    Raises:
+        UnsafeDirectory: the directory does not exist or cannot be reached.
+    """
+    rates = cached_rates(directory)
+    if rates is None:
+        return _READERS
+    return next(each.depth for each in rates.depths if each.read >= _NEARLY * rates.read)
 
 
 def cached_rates(directory: str | os.PathLike[str]) -> DiskRates | None:

@@ -13,6 +13,8 @@ from tests.moe.conftest import ALWAYS, mixtral, prompt, qwen, stock
 from undercroft.errors import BudgetExceeded, CorruptRecord, InvalidInput, TransferFailed, UnsupportedModel
 from undercroft.moe.governor import Governor
 from undercroft.moe.load import expert_report, load_moe
+from undercroft.moe.pack import pack
+from undercroft.moe.packed import open_packed
 
 EXPERT = 3 * 64 * 32 * 4  # bytes of one in float32; blocks around it add up to two of 4096
 BANK = 3 * 16 * (EXPERT + 8192)
@@ -49,6 +51,35 @@ def test_bit_for_bit_with_predictions(checkpoint: Callable[..., Path], share: fl
     same(stock(folder), model, prompt(), tokens=32)
     report = expert_report(model)
     assert report.predicted >= report.useful + report.wasted > 0
+
+
+@pytest.fixture
+def lossless(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model in bfloat16 whose experts are packed in fewer bytes; the model itself is beside it."""
+    folder = tmp_path / "model"
+    stock(checkpoint(), torch.bfloat16).save_pretrained(folder)
+    pack(folder, tmp_path / "packed", high="lossless", low="none")
+    return tmp_path / "packed"
+
+
+@pytest.mark.parametrize("budget", ["96KiB", "300KiB", "1MiB"])
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_bit_for_bit_in_fewer_bytes(lossless: Path, budget: str, prefetch: bool) -> None:
+    with open_packed(lossless) as experts:
+        assert experts.files[0][experts.layers[0].key(0, "lossless")].nbytes < 0.8 * EXPERT / 2
+    governor = Governor(ALWAYS) if prefetch else False
+    same(
+        stock(lossless.parent / "model", torch.bfloat16),
+        load_moe(lossless, budget, prefetch=governor),
+        prompt(),
+    )
+
+
+def test_a_budget_too_small_to_restore_in_says_so(lossless: Path) -> None:
+    with pytest.raises(BudgetExceeded, match="as they are computed with") as caught:
+        load_moe(lossless, "20KiB")
+    assert caught.value.least is not None
+    load_moe(lossless, caught.value.least)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

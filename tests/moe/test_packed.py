@@ -66,7 +66,7 @@ def test_every_kind_holds_what_the_model_has(name: str, dtype: torch.dtype, tmp_
     fill(model, seed=0)
     model.to(dtype).save_pretrained(tmp_path / "model")
     whole = stock(tmp_path / "model", dtype)
-    for high, low in (("keep", "int4"), ("bf16", "int2"), ("int8", "none")):
+    for high, low in (("keep", "int4"), ("lossless", "int4"), ("bf16", "int2"), ("int8", "none")):
         out = tmp_path / f"{high}-{low}"
         pack(tmp_path / "model", out, high=high, low=low)
         with open_packed(out) as experts:

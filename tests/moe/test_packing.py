@@ -13,9 +13,10 @@ from torch import Tensor
 from undercroft import kernels
 from undercroft.errors import CorruptRecord, InvalidInput, UnsupportedModel
 from undercroft.kernels.format import Format
+from undercroft.kernels.lossless import Lossless, restore
 from undercroft.moe.levels import factors, levels_of
 from undercroft.moe.manifest import PackedParameter
-from undercroft.moe.packing import ALIGNMENT, KINDS, Part, arrange, blocks, parse_parts
+from undercroft.moe.packing import ALIGNMENT, KINDS, Part, arrange, blocks, parse_parts, squeezable
 
 WIDTHS = (1, 7, 32, 48, 64, 96, 128, 192)
 shapes = st.one_of(
@@ -28,6 +29,10 @@ shapes = st.one_of(
 def view(part: Part, content: Tensor) -> Tensor:
     """A part's bytes of a record's: in its dtype and shape, or packed and levels."""
     mine = content[part.offset : part.offset + part.nbytes]
+    if isinstance(part.content, Lossless):
+        restored = torch.empty(part.shape, dtype=torch.bfloat16)
+        restore(mine, part.content, restored)
+        return restored
     return mine if isinstance(part.content, Format) else mine.view(part.content).view(part.shape)
 
 
@@ -46,7 +51,8 @@ def test_parts_are_aligned_apart_and_what_they_say(
 ) -> None:
     parameters = [parameter(f"p{number}", *each) for number, each in enumerate(given)]
     tensors = {each.name: torch.randn(each.shape).to(each.stored) for each in parameters}
-    parts = arrange(parameters, kind, group, transposed=transposed)
+    rare = squeezable(tensors)
+    parts = arrange(parameters, kind, group, transposed=transposed, rare=rare)
     pieces = [torch.frombuffer(bytearray(raw(each)), dtype=torch.uint8) for each in blocks(parts, tensors)]
     content = torch.cat(pieces)
     assert all(part.offset % ALIGNMENT == 0 for part in parts)
@@ -93,6 +99,19 @@ def test_a_group_that_does_not_fit_gives_way(
     assert part.content == expected
 
 
+def test_lossless_squeezes_bfloat16_where_that_saves_bytes() -> None:
+    large, small = torch.randn(64, 64).bfloat16(), torch.randn(8).bfloat16()
+    tensors = {"large": large, "small": small, "wide": torch.randn(64, 64)}
+    parameters = [parameter(name, tuple(each.shape), each.dtype) for name, each in tensors.items()]
+    parts = arrange(parameters, "lossless", 32, transposed=True, rare=squeezable(tensors))
+    assert [part.content for part in parts] == [
+        Lossless(4096, squeezable(tensors)["large"]),
+        torch.bfloat16,
+        torch.float32,
+    ]
+    assert parts[0].nbytes < 0.8 * large.nbytes
+
+
 def test_numbers_that_are_no_floats_are_kept_or_refused() -> None:
     whole = parameter("w", (32, 32), torch.int8)
     assert arrange([whole], "keep", 32, transposed=False)[0].content == torch.int8
@@ -107,6 +126,7 @@ def test_a_weight_that_is_no_number_is_named() -> None:
 
 
 PACKED = {"name": "w", "offset": 0, "shape": [64, 32], "bits": 4, "group": 32, "transposed": False}
+SQUEEZED = {"name": "w", "offset": 0, "shape": [64, 32], "rare": 40}
 PLAIN = {"name": "w", "offset": 0, "shape": [64, 32], "dtype": "float32"}
 
 
@@ -116,6 +136,7 @@ PLAIN = {"name": "w", "offset": 0, "shape": [64, 32], "dtype": "float32"}
         *({**PACKED, "bits": bits} for bits in (3, 4.0, True, None, [4], 2**70)),
         *({**PACKED, "group": group} for group in (16, 32.0, "32", 128)),
         *({**PACKED, "transposed": value} for value in (0, "no", None)),
+        *({**SQUEEZED, "rare": rare} for rare in (-1, 2049, 2**70, 40.0, "40", None, True)),
         *({**PLAIN, "offset": offset} for offset in (-64, 32, 64, 0.0, None, 2**80)),
         *({**PLAIN, "shape": shape} for shape in ([32, 64], [64], "ab", None, [2**40, 2**40])),
         *({**PLAIN, "dtype": dtype} for dtype in ("float64", "object", None, ["float32"])),

@@ -1,5 +1,6 @@
 """Measuring a disk: real files, and every way a directory can refuse."""
 
+import ctypes
 import os
 import resource
 import stat
@@ -10,7 +11,7 @@ import pytest
 
 from undercroft import machine
 from undercroft.errors import TierFull, UnsafeDirectory
-from undercroft.store.probe import disk_rates, measure_disk
+from undercroft.store.probe import _buffers, _Probe, disk_rates, measure_disk
 from undercroft.units import MIB
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -29,6 +30,19 @@ def test_a_disk_is_measured_at_three_depths_and_nothing_is_left(tmp_path: Path) 
     assert all(entry.read > 0 and entry.write > 0 for entry in rates.depths)
     assert rates.device == machine.disk(tmp_path).device
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_place_is_read_into_again_while_it_may_be_cached(tmp_path: Path) -> None:
+    places: list[int] = []
+
+    def note(_: int, buffers: list[memoryview], __: int) -> int:
+        places.append(ctypes.addressof(ctypes.c_char.from_buffer(buffers[0])))
+        return len(buffers[0])
+
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        _Probe(file.fileno(), _buffers(16))._pass(note, 1, range(32))
+    assert len(set(places[:16])) == 16
+    assert places[:16] == places[16:]
 
 
 def test_a_measurement_is_kept_until_another_is_asked_for(fresh_home: Path, tmp_path: Path) -> None:

@@ -69,7 +69,6 @@ def driving(
     work: Workload,
     *,
     policy: str,
-    readers: int,
     directory: Path,
 ) -> Generator[dict[str, Callable[[], Pass]]]:
     """The ways, each ready to take a pass; every expert was read and checked, and multiplied with, once before.
@@ -78,12 +77,11 @@ def driving(
         experts: on disk.
         work: what is asked of them.
         policy: which leave first.
-        readers: threads that read.
         directory: on the disk whose ceiling is measured.
     """
     with ExitStack() as stack:
         steps = list(forwards(work.trace, work.shape.hidden, work.shape.dtype))
-        opened = partial(Driven, experts, used=work.trace.used, policy=policy, readers=readers)
+        opened = partial(Driven, experts, used=work.trace.used, policy=policy)
         in_memory = stack.enter_context(opened(budget=work.shape.nbytes))
         resident = in_memory.resident()
         streamed = stack.enter_context(opened(budget=work.budget))

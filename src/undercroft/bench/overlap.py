@@ -54,7 +54,6 @@ class OverlapSettings:
         policy: which expert leaves first.
         rounds: passes of each way.
         attempts: how often rounds are taken until the reads alone are steady.
-        readers: threads that read.
     """
 
     directory: Path
@@ -70,13 +69,10 @@ class OverlapSettings:
     policy: str = "expected-use"
     rounds: int = 5
     attempts: int = 2
-    readers: int = 4
 
     def __post_init__(self) -> None:
-        if min(self.tokens, self.rounds, self.attempts, self.readers, self.used) < 1 or self.layers < 2:
-            raise InvalidInput(
-                "tokens, rounds, attempts, readers and used must be at least 1, layers at least 2"
-            )
+        if min(self.tokens, self.rounds, self.attempts, self.used) < 1 or self.layers < 2:
+            raise InvalidInput("tokens, rounds, attempts and used must be at least 1, layers at least 2")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,7 +111,6 @@ def _measure(settings: OverlapSettings, kind: str, given: Trace | None, progress
             experts,
             work,
             policy=settings.policy,
-            readers=settings.readers,
             directory=settings.directory,
         ) as ways,
     ):
@@ -240,7 +235,7 @@ def _conditions(settings: OverlapSettings, measured: list[Measured]) -> str:
     origin = made if settings.trace is None else f"the trace {Path(settings.trace).name}"
     return (
         f"routed by {origin}, {settings.policy}; {settings.rounds} rounds, {torch.get_num_threads()} threads, "
-        f"{settings.readers} readers, {kernels.backend()}; there is no dense part"
+        f"{machine.readers(settings.directory)} readers, {kernels.backend()}; there is no dense part"
     )
 
 

@@ -26,7 +26,7 @@ from undercroft.bench.side import Side, SideEnded
 from undercroft.errors import InvalidInput
 from undercroft.units import format_size, parse_size
 
-_SIDES = {"bf16": ("exact", "balanced", ACCELERATE, *LLAMAS), "int8": ("int8", *LLAMAS)}
+_SIDES = {"bf16": ("exact", "lossless", "balanced", ACCELERATE, *LLAMAS), "int8": ("int8", *LLAMAS)}
 _BITS = {"bf16": 16.0, "int8": 8.5}
 _NOTHING = Stretch(tokens=0, seconds=1.0, cpu=0.0, read=0)
 
@@ -130,8 +130,8 @@ def _bout(
     with ExitStack() as stack:
         alive: dict[str, Side] = {}
         for name in sides:
-            if limit == NO_LIMIT and name == "balanced":
-                continue  # where everything fits it is "exact"
+            if limit == NO_LIMIT and name in ("balanced", "lossless"):
+                continue  # where everything fits there is nothing to save
             progress(f"peers: {limit}, {bits}, {name} loads")
             alive[name] = stack.enter_context(_start(settings, place, limit, bits, name))
             try:

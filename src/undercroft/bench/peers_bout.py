@@ -69,10 +69,11 @@ def claims(bout: Bout) -> Iterator[Line]:
     if bout.limit == NO_LIMIT:
         yield from _faster(bout, plain, best, 0.8)
     else:
-        yield from _faster(bout, "exact", ACCELERATE, 8.0)
-        yield from _faster(bout, "balanced", ACCELERATE, 12.0)
-        yield from _faster(bout, plain, best, 4.0)
-        yield from _frugal(bout, plain)
+        for ours, bound in (("exact", 8.0), ("lossless", 8.0), ("balanced", 12.0)):
+            yield from _faster(bout, ours, ACCELERATE, bound)
+        for ours in (plain, "lossless"):
+            yield from _faster(bout, ours, best, 4.0)
+            yield from _frugal(bout, ours)
     for name in bout.sides:
         if name != plain and plain in bout.logits:
             yield Line(

@@ -20,6 +20,8 @@ from undercroft.moe.pack import pack
 from undercroft.moe.packed import is_packed
 
 Progress = Callable[[str], None]
+_PACKED = {"lossless": ("lossless", "none"), "balanced": ("int8", "int4"), "int8": ("int8", "none")}
+"""The sides that read a packed folder, and its precisions."""
 
 INSTALL = {
     "llama.cpp": "CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf",
@@ -44,10 +46,10 @@ class PeersPlace:
     python: Path | None
 
     def model(self, side: str, bits: str) -> Path:
-        """What a side reads."""
+        """What a side reads: files of its own, for pages that one side maps would serve another outside its limit."""
         if side in llama_worker.MODULES:
-            return self.folder / f"{gguf_twin.KINDS[bits]}.gguf"
-        own = {"exact": "checkpoint", ACCELERATE: "stacked", "balanced": "packed", "int8": "packed-int8"}
+            return self.folder / side / f"{gguf_twin.KINDS[bits]}.gguf"
+        own = {"exact": "checkpoint", ACCELERATE: "stacked", **{side: side for side in _PACKED}}
         return self.folder / own[side]
 
     def peers(self) -> list[str]:
@@ -74,15 +76,16 @@ class PeersPlace:
             write_checkpoint(self.shape, source, told)
         if side == ACCELERATE and not is_written(self.shape, target):
             write_stacked(self.shape, source, target, told)
-        if side == "balanced" and not is_packed(target):
-            pack(source, target, high="int8", low="int4")
-        if side == "int8" and not is_packed(target):
-            pack(source, target, high="int8", low="none")
+        if side in _PACKED and not is_packed(target):
+            high, low = _PACKED[side]
+            progress(f"peers: packing {target.name}")
+            pack(source, target, high=high, low=low)
         if target.suffix == ".gguf" and not target.exists():
             self._write_twin(source, target, progress)
 
     def _write_twin(self, source: Path, target: Path, progress: Progress) -> None:
-        progress(f"peers: writing {target.name}")
+        progress(f"peers: writing {target.name} for {target.parent.name}")
+        target.parent.mkdir(exist_ok=True)
         command = [str(self.python), gguf_twin.__file__, str(source), str(target), target.stem]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         if finished.returncode:

@@ -27,6 +27,7 @@ from undercroft.moe.quality import Quality
 ACCELERATE = "accelerate"
 _QUALITIES = {
     "exact": Quality.preset("exact"),
+    "lossless": Quality.preset("exact"),
     "balanced": Quality.preset("balanced"),
     "int8": Quality(low=0.0, low_precision=None, high="int8", dense="int8"),
 }

@@ -43,7 +43,6 @@ class PrefetchSettings:
         reads: seconds that the reads of a token take, for each second of everything else: a disk each.
         tokens: that are written in a sample.
         rounds: samples of each way, from each disk.
-        readers: threads that read.
     """
 
     model: str | None = None
@@ -51,7 +50,6 @@ class PrefetchSettings:
     reads: tuple[float, ...] = (0.3, COMPARABLE, 3.0, SATURATED)
     tokens: int = 96
     rounds: int = 7
-    readers: int = 4
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1 or min(self.reads, default=0) <= 0 or self.tokens < 2 or self.rounds < 1:
@@ -86,7 +84,6 @@ class _Writer:
         self.model: Any = load_moe(
             settings.model or model_folder("moe"),
             budget,
-            readers=settings.readers,
             prefetch=self._governor if ahead else False,
             syscalls=None if rate is None else SlowDisk(rate),
         )

@@ -23,6 +23,7 @@ class High(StrEnum):
     """Precisions of full copies."""
 
     KEEP = "keep"
+    LOSSLESS = "lossless"
     BF16 = "bf16"
     INT8 = "int8"
     INT4 = "int4"
@@ -41,7 +42,9 @@ def pack(
         str, typer.Argument(help="Folder of a Mixture-of-Experts model, or its name on the hub.")
     ],
     destination: Annotated[Path, typer.Argument(help="Folder to write, new or begun by this command.")],
-    high: Annotated[High, typer.Option(help="Precision of the full copies; keep is exact.")] = High.KEEP,
+    high: Annotated[
+        High, typer.Option(help="Precision of the full copies; keep and lossless are exact.")
+    ] = High.KEEP,
     low: Annotated[Low, typer.Option(help="Precision of the low copies.")] = Low.INT4,
     group: Annotated[int, typer.Option(help="Columns that share a scale: 32, 64 or 128.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -30,7 +30,10 @@ def run(
     temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     policy: Annotated[str, typer.Option(help="Which expert leaves memory first.")] = "expected-use",
-    readers: Annotated[int, typer.Option(help="Threads that read.")] = 4,
+    readers: Annotated[
+        int | None,
+        typer.Option(help="Reads in flight.", show_default="as doctor found best for the disk, or 2"),
+    ] = None,
     context: Annotated[int, typer.Option(help="Tokens whose KV cache is set aside at once.")] = 0,
 ) -> None:
     r"""Write text with a model whose experts stay on disk but for a budget: the same text, in less memory.

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from undercroft import machine
 from undercroft.errors import InvalidInput
 from undercroft.events import Recorder
 from undercroft.kernels import Block, Gated
@@ -42,7 +43,7 @@ class Driven:
         budget: the most bytes of experts in memory, which is taken at once.
         policy: which leave first; see `make_policy`.
         quality: what may be given up; nothing if None.
-        readers: threads that read.
+        readers: reads in flight; as many as suit the disk if None, see `machine.readers`.
 
     Attributes:
         engine: that serves.
@@ -61,14 +62,15 @@ class Driven:
         budget: int,
         policy: str = "expected-use",
         quality: Quality | None = None,
-        readers: int = 4,
+        readers: int | None = None,
     ) -> None:
         modules = [_module(layer) for layer in experts.layers]
         stock, recorder = experts.stock(used), Recorder(enabled=False)
         leaving = make_policy(policy, stock)
         self._experts = experts
         self._slab = Slab(budget, prefault=True)
-        self.queue = TransferQueue(workers=readers + 1)
+        flying = machine.readers(experts.folder) if readers is None else readers
+        self.queue = TransferQueue(workers=flying + 1)
         self._cache = RecordCache(
             experts.files, budget, self._slab, self.queue, policy=leaving, recorder=recorder
         )

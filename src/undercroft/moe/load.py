@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from undercroft import arithmetic
-from undercroft.errors import InvalidInput
+from undercroft import arithmetic, machine
+from undercroft.errors import BudgetExceeded, InvalidInput
 from undercroft.events import Recorder
 from undercroft.models.checkpoint import Checkpoint, StoredTensor
 from undercroft.models.place import download, locate
@@ -34,7 +34,7 @@ from undercroft.moe.indexed import IndexedExperts
 from undercroft.moe.light import lighten
 from undercroft.moe.manifest import PackedLayer
 from undercroft.moe.model import adopt
-from undercroft.moe.packed import PackedExperts, is_packed, open_packed
+from undercroft.moe.packed import WORKED_ON, PackedExperts, is_packed, open_packed
 from undercroft.moe.policies import make_policy
 from undercroft.moe.quality import Quality
 from undercroft.moe.stock import Stock
@@ -49,6 +49,7 @@ from undercroft.store.transfer import TransferQueue
 from undercroft.units import parse_size
 
 _ENGINE = "_undercroft_engine"
+_WORKSHOP = "experts as they are computed with"
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
 
 
@@ -59,7 +60,7 @@ def load_moe(
     *,
     dtype: torch.dtype | None = None,
     policy: str = "expected-use",
-    readers: int = 4,
+    readers: int | None = None,
     context: int = 0,
     prefetch: bool | Governor = True,
     syscalls: Syscalls | None = None,
@@ -75,7 +76,7 @@ def load_moe(
         quality: what may be given up, by name or in full; see `Quality`.
         dtype: of the model; what the checkpoint's configuration says if None.
         policy: which experts leave first; see `make_policy`.
-        readers: threads that read.
+        readers: reads in flight; as many as suit the disk if None, see `machine.readers`.
         context: tokens whose KV cache is set aside at once, so that experts do not leave for them later.
         prefetch: whether experts may be read before they are wanted, while that pays; a governor says when that is.
             Nothing is where `quality` degrades: what is in memory decides there what serves, so results would depend
@@ -102,12 +103,16 @@ def load_moe(
         model = _dense(config, checkpoint, found.absent, kind)
         if wanted.dense == "int8":
             lighten(model, experts=stock.experts)
-        shared = Budget(host=_whole_pages(parse_size(budget)))
-        engine = _engine(found.experts, stock, parse_size(budget), shared, wanted, policy, readers, opened)
+        whole = parse_size(budget)
+        shared = Budget(host=_whole_pages(whole))
+        least = max((*stock.high_nbytes, *stock.low_nbytes))
+        left = whole - _open_workshop(found.experts, whole, least, shared, opened)
+        flying = machine.readers(checkpoint.paths[0].parent) if readers is None else readers
+        engine = _engine(found.experts, stock, left, shared, wanted, policy, flying, opened)
         headroom = Headroom(
             shared,
             engine.cache,
-            least=max((*stock.high_nbytes, *stock.low_nbytes)),
+            least=least,
             token_nbytes=token_nbytes(config, kind),
             row_nbytes=row_nbytes(_shapes(model, found.experts), kind),
             context=context,
@@ -224,6 +229,25 @@ def _dense(
 
     weights = {name: Lazy(stored, give) for name, stored in {**checkpoint, **absent}.items()}
     return load(config, weights, dtype=dtype, experts=IMPLEMENTATION)
+
+
+def _open_workshop(
+    experts: IndexedExperts | PackedExperts, budget: int, least: int, shared: Budget, opened: ExitStack
+) -> int:
+    """Set aside where lossless experts are restored, if they are so; its bytes.
+
+    Raises:
+        BudgetExceeded: the budget has not that much and room for an expert.
+    """
+    if isinstance(experts, IndexedExperts) or not experts.restored_nbytes:
+        return 0
+    nbytes = round_up(WORKED_ON * round_up(experts.restored_nbytes), _page(budget))
+    if budget < nbytes + least:
+        raise BudgetExceeded(least, budget, {_WORKSHOP: nbytes}, least=nbytes + least)
+    workshop = Slab(nbytes, budget=shared, holder=_WORKSHOP, prefault=True, page=_page(budget))
+    opened.callback(workshop.close)
+    experts.workshop = workshop
+    return nbytes
 
 
 def _engine(

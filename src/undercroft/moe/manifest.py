@@ -25,7 +25,7 @@ FORMAT = "undercroft-pack"
 VERSION = 1
 FILE = "undercroft-pack.json"
 DENSE = "dense.safetensors"
-HIGH = ("keep", "bfloat16", "int8", "int4")
+HIGH = ("keep", "lossless", "bfloat16", "int8", "int4")
 LOW = ("int4", "int2", None)
 _LARGEST = 256 * 1024 * 1024
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -41,7 +41,7 @@ class Forms:
     """In which forms the experts are packed.
 
     Attributes:
-        high: the kind of the full copies; "keep" is the checkpoint's own precision.
+        high: the kind of the full copies; "keep" and "lossless" have the checkpoint's own bits.
         low: that of the low copies; None means there are none.
         group: columns of a quantised matrix that share a scale.
 

@@ -34,7 +34,8 @@ def pack(
     Args:
         source: a folder that holds config.json and *.safetensors, or a name on the Hugging Face hub.
         destination: a folder, which must not hold anything else.
-        high: the precision of the full copies: "keep" (the checkpoint's, bit for bit), "bf16", "int8" or "int4".
+        high: the precision of the full copies: "keep" (the checkpoint's, bit for bit), "lossless" (the same bits in
+            0.7 of the bytes where they are bfloat16), "bf16", "int8" or "int4".
         low: that of the low copies: "int4", "int2", or "none" for no such copies.
         group: columns of a quantised matrix that share a scale: 32, 64 or 128. A matrix that it does not divide
             gets the largest smaller one that does, or is left in the checkpoint's precision.

@@ -16,25 +16,29 @@ import torch
 import xxhash
 from torch import Tensor
 
-from undercroft.errors import CorruptRecord
+from undercroft.errors import BudgetExceeded, CorruptRecord
 from undercroft.kernels.block import Block, Gated, available
 from undercroft.kernels.format import Format, packed_nbytes
+from undercroft.kernels.lossless import Lossless, restore
 from undercroft.kernels.quantise import dequantise
 from undercroft.models.checkpoint import StoredTensor
 from undercroft.moe.bank import strides_of, view_of
 from undercroft.moe.dense import digest_of
 from undercroft.moe.levels import factors
 from undercroft.moe.manifest import DENSE, FILE, Manifest, PackedLayer, read_whole, records_file
-from undercroft.moe.packing import Part, parse_parts
+from undercroft.moe.packing import ALIGNMENT, Part, parse_parts
 from undercroft.moe.stock import Stock
 from undercroft.store.disk import Syscalls
 from undercroft.store.index import index_path
+from undercroft.store.ranges import round_up
 from undercroft.store.record import Key, Record
 from undercroft.store.records import RecordFile, Verify
-from undercroft.store.slab import Lease
+from undercroft.store.slab import Lease, Lender, Slab
 
 GATED = ("gate_up_proj", "down_proj")
 """What most families call the two matrices of an expert."""
+WORKED_ON = 2
+"""Experts whose weights may be in use at once: one, and of the one before what a forward has not let go of yet."""
 NOWHERE = -1
 """The file of a tensor that is not in the folder as such."""
 
@@ -68,7 +72,10 @@ class PackedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A part, and what of it is wanted at every read: of a quantised matrix its end and shape, else the strides."""
+    """A part, and what of it is wanted at every read: of a quantised matrix its end and shape, else the strides.
+
+    Of what is lossless also: the bytes that it takes restored.
+    """
 
     part: Part
     dtype: torch.dtype = torch.uint8
@@ -77,10 +84,14 @@ class _Slot:
     end: int = 0
     rows: int = 0
     columns: int = 0
+    restored: int = 0
 
     @staticmethod
     def of(part: Part) -> _Slot:
         """Of a part."""
+        if isinstance(part.content, Lossless):
+            room = round_up(2 * part.content.count, ALIGNMENT)
+            return _Slot(part, torch.bfloat16, strides_of(part.shape), restored=room)
         if not isinstance(part.content, Format):
             return _Slot(part, part.content, strides_of(part.shape))
         end = part.offset + packed_nbytes(part.content, *part.matrix)
@@ -98,6 +109,7 @@ class PackedExperts:
         low: that of the low copies; None where there are none.
         tensors: the tensors of the original checkpoint that experts were made of, for a loader that must hear of
             every name; their file is `NOWHERE`.
+        workshop: lends the memory in which lossless parts are restored.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, files: list[RecordFile]) -> None:
@@ -108,6 +120,7 @@ class PackedExperts:
             name: StoredTensor(name, NOWHERE, dtype, shape, 0)
             for name, (dtype, shape) in manifest.tensors.items()
         }
+        self.workshop: Lender | None = None
         self._slots: dict[Key, tuple[_Slot, ...]] = {}
         self._level: set[tuple[Key, str]] = set()
         self._offsets: dict[Key, Block] = {}
@@ -122,8 +135,14 @@ class PackedExperts:
             key: from `PackedLayer.key`.
             lease: of the record's bytes. Do not write to what is returned.
         """
-        storage = lease.storage(0, lease.nbytes)
-        return {slot.part.name: self._usable(key, slot, storage) for slot in self._slots[key]}
+        storage, slots = lease.storage(0, lease.nbytes), self._slots[key]
+        found = {slot.part.name: self._usable(key, slot, storage) for slot in slots if not slot.restored}
+        return found if len(found) == len(slots) else found | self._restored(slots, storage)
+
+    @property
+    def restored_nbytes(self) -> int:
+        """What a workshop lends while an expert is used, for what is lossless in it; 0 where nothing is."""
+        return max(sum(slot.restored for slot in slots) for slots in self._slots.values())
 
     def gated(self, layer: int) -> Gated | None:
         """The sizes of a layer's experts, where each copy is a `Block` that the kernels here can compute."""
@@ -207,6 +226,30 @@ class PackedExperts:
                 self._level.add((key, part.name))
         packed = view_of(storage, part.offset, torch.uint8, (slot.end - part.offset,), (1,))
         return PackedMatrix(packed, slot.format, slot.rows, slot.columns, part.transposed, inputs)
+
+    def _restored(self, slots: Sequence[_Slot], storage: torch.UntypedStorage) -> dict[str, Tensor]:
+        """The lossless ones of an expert's parts, in memory of the workshop, which they keep."""
+        room, at = self._lend(sum(slot.restored for slot in slots)), 0
+        found: dict[str, Tensor] = {}
+        for slot in slots:
+            part, form = slot.part, slot.part.content
+            if isinstance(form, Lossless):
+                squeezed = view_of(storage, part.offset, torch.uint8, (form.nbytes,), (1,))
+                found[part.name] = view_of(room, at, slot.dtype, part.shape, slot.strides)
+                restore(squeezed, form, found[part.name])
+                at += slot.restored
+        return found
+
+    def _lend(self, nbytes: int) -> torch.UntypedStorage:
+        if self.workshop is None:
+            self.workshop = Slab(WORKED_ON * round_up(self.restored_nbytes))
+        if (lease := self.workshop.lease(nbytes)) is None:
+            raise BudgetExceeded(
+                nbytes,
+                WORKED_ON * self.restored_nbytes,
+                hint="Let go of one expert's weights before the next.",
+            )
+        return lease.storage(0, nbytes)
 
     def _sizes(self, kind: str) -> list[int]:
         return [file[layer.key(0, kind)].nbytes for layer, file in zip(self.layers, self.files, strict=True)]

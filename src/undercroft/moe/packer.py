@@ -11,9 +11,11 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Generator, Iterator
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +41,11 @@ from undercroft.moe.manifest import (
     records_file,
 )
 from undercroft.moe.pack_report import Amount, Meter, OnProgress, PackReport
-from undercroft.moe.packing import QUANTISED, Part, arrange, blocks
+from undercroft.moe.packing import LOSSLESS, QUANTISED, Part, arrange, blocks, squeezable
 from undercroft.moe.survey import survey
 from undercroft.store.index import index_path
 from undercroft.store.ranges import round_up
+from undercroft.store.records import RecordFile
 from undercroft.store.writer import RecordWriter
 from undercroft.units import MIB, format_size
 
@@ -52,12 +55,30 @@ BESIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NO
 """What is copied besides weights: configuration, tokenizer, chat templates, licence."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class _Work:
-    """What is to be done for a layer: which parts the records of its experts have, by kind."""
+    """What is to be done for a layer.
+
+    Attributes:
+        layer: which.
+        forms: of its experts.
+        transposed: their matrices are [inputs, outputs].
+        rare: for how many rare exponents lossless copies have room, by parameter.
+    """
 
     layer: Layer
-    parts: dict[str, tuple[Part, ...]]
+    forms: Forms
+    transposed: bool
+    rare: Mapping[str, int]
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[Part, ...]]:
+        """Of the records of its experts, by kind."""
+        parameters = list(self.layer.parameters.values())
+        return {
+            kind: arrange(parameters, kind, self.forms.group, transposed=self.transposed, rare=self.rare)
+            for kind in self.forms.kinds
+        }
 
     @property
     def file(self) -> str:
@@ -94,7 +115,7 @@ class Packer:
         found = survey(config, checkpoint, getattr(config, "dtype", None) or torch.float32)
         experts_own = found.tensors()
         self._folder, self._checkpoint = folder, checkpoint
-        self._work = [_plan(layer, forms, layer.module in found.transposed) for layer in found.layers]
+        self._work = [self._plan(layer, forms, layer.module in found.transposed) for layer in found.layers]
         self._dense = DenseFile(checkpoint, experts_own)
         self._manifest = Manifest(
             source=name,
@@ -103,6 +124,17 @@ class Packer:
             layers=tuple(_packed_layer(layer) for layer in found.layers),
             tensors={each: (checkpoint[each].dtype, checkpoint[each].shape) for each in sorted(experts_own)},
         )
+
+    def _plan(self, layer: Layer, forms: Forms, transposed: bool) -> _Work:
+        """What is to be done, as far as one expert can tell: in lossless copies, others may take a little more."""
+        layer.recipes(0)  # refuses experts that cannot be told apart before a byte is written
+        rare = self._rare(layer, 1) if forms.high == LOSSLESS else {}
+        return _Work(layer, forms, transposed, rare)
+
+    def _rare(self, layer: Layer, experts: int) -> dict[str, int]:
+        """The most rare exponents that one of the first experts has, by parameter: all get room for as many."""
+        found = [squeezable(_read_expert(self._checkpoint, layer, number)) for number in range(experts)]
+        return {name: max(each[name] for each in found) for name in found[0]}
 
     def run(self, destination: Path, on_progress: OnProgress) -> PackReport:
         """Do what is left to do in a folder, and say what is there then."""
@@ -165,6 +197,8 @@ class Packer:
         return self._dense.nbytes + _amount(missing).nbytes
 
     def _pack(self, destination: Path, work: _Work, meter: Meter) -> None:
+        if work.rare:
+            work = replace(work, rare=self._rare(work.layer, work.layer.experts))
         said = {kind: {"parts": [part.entry() for part in parts]} for kind, parts in work.parts.items()}
         with RecordWriter(destination / work.file) as writer:
             for expert in range(work.layer.experts):
@@ -189,7 +223,7 @@ class Packer:
 
     def _report(self, destination: Path, kept_layers: int, seconds: float) -> PackReport:
         forms = self._manifest.forms
-        by_kind = {kind: sum(work.occupied(kind) for work in self._work) for kind in forms.kinds}
+        by_kind = _occupied(destination / work.file for work in self._work)
         layers = [work.layer for work in self._work]
         return PackReport(
             destination=str(destination),
@@ -212,12 +246,14 @@ def _amount(works: list[_Work]) -> Amount:
     return Amount(sum(work.layer.experts for work in works), sum(work.nbytes for work in works))
 
 
-def _plan(layer: Layer, forms: Forms, transposed: bool) -> _Work:
-    layer.recipes(0)  # refuses experts that cannot be told apart before a byte is written
-    parameters = list(layer.parameters.values())
-    return _Work(
-        layer, {kind: arrange(parameters, kind, forms.group, transposed=transposed) for kind in forms.kinds}
-    )
+def _occupied(files: Iterable[Path]) -> Counter[str]:
+    """Bytes that the records of each kind take."""
+    found: Counter[str] = Counter()
+    for path in files:
+        with RecordFile.open(path, verify="never") as file:
+            for key in file:
+                found[key[1]] += file[key].occupied
+    return found
 
 
 def _not_quantised(works: list[_Work]) -> Iterator[str]:

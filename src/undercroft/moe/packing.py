@@ -16,6 +16,7 @@ from torch import Tensor
 
 from undercroft.errors import CorruptRecord, InvalidInput, UnsupportedModel
 from undercroft.kernels.format import GROUPS, Format, packed_nbytes
+from undercroft.kernels.lossless import Lossless, rare_in, squeeze
 from undercroft.kernels.quantise import quantise
 from undercroft.moe.levels import factors, levels_of
 from undercroft.store.ranges import round_up
@@ -25,7 +26,9 @@ ALIGNMENT = 64
 """Bytes of which every part's offset is a multiple: a line of the cache."""
 QUANTISED = {"int8": 8, "int4": 4, "int2": 2}
 """Bits of a weight in the kinds of records that hold quantised matrices."""
-KINDS = ("keep", "bfloat16", *QUANTISED)
+LOSSLESS = "lossless"
+"""The kind of records whose bfloat16 numbers take fewer bytes, every bit kept."""
+KINDS = ("keep", LOSSLESS, "bfloat16", *QUANTISED)
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -56,7 +59,7 @@ class Part:
         name: the parameter's.
         offset: bytes into the record.
         shape: of the parameter in the model.
-        content: the dtype of its elements, or the format in which it is quantised.
+        content: the dtype of its elements, or the form in which they are quantised or squeezed.
         transposed: the quantised matrix is the parameter's transpose, so that its columns are the inputs.
         levelled: after the quantised matrix come its columns' `levels`, int8 [columns].
     """
@@ -64,7 +67,7 @@ class Part:
     name: str
     offset: int
     shape: tuple[int, ...]
-    content: torch.dtype | Format
+    content: torch.dtype | Format | Lossless
     transposed: bool = False
     levelled: bool = False
 
@@ -77,6 +80,8 @@ class Part:
     @property
     def nbytes(self) -> int:
         """Bytes it takes."""
+        if isinstance(self.content, Lossless):
+            return self.content.nbytes
         if isinstance(self.content, Format):
             return packed_nbytes(self.content, *self.matrix) + self.levelled * self.matrix[1]
         return math.prod(self.shape) * self.content.itemsize
@@ -84,6 +89,8 @@ class Part:
     def entry(self) -> dict[str, Any]:
         """What the record's metadata says of it."""
         where = {"name": self.name, "offset": self.offset, "shape": list(self.shape)}
+        if isinstance(self.content, Lossless):
+            return {**where, "rare": self.content.rare}
         if isinstance(self.content, Format):
             return {
                 **where,
@@ -95,7 +102,14 @@ class Part:
         return {**where, "dtype": _NAMES[self.content]}
 
 
-def arrange(parameters: Iterable[Described], kind: str, group: int, *, transposed: bool) -> tuple[Part, ...]:
+def arrange(
+    parameters: Iterable[Described],
+    kind: str,
+    group: int,
+    *,
+    transposed: bool,
+    rare: Mapping[str, int] | None = None,
+) -> tuple[Part, ...]:
     """The parts of an expert's record.
 
     Args:
@@ -103,6 +117,7 @@ def arrange(parameters: Iterable[Described], kind: str, group: int, *, transpose
         kind: one of `KINDS`.
         group: columns that share a scale; fewer where only fewer divide a matrix.
         transposed: the parameters' matrices are [inputs, outputs].
+        rare: for how many rare exponents lossless parts have room, by parameter; see `squeezable`.
 
     Raises:
         UnsupportedModel: elements that are no floating-point numbers can only be kept.
@@ -110,7 +125,7 @@ def arrange(parameters: Iterable[Described], kind: str, group: int, *, transpose
     parts: list[Part] = []
     end = 0
     for each in parameters:
-        content = _content(each, kind, group, transposed)
+        content = _content(each, kind, group, transposed, rare or {})
         quantised = isinstance(content, Format)
         part = Part(
             name=each.name,
@@ -143,6 +158,15 @@ def blocks(parts: Iterable[Part], parameters: Mapping[str, Tensor]) -> Iterator[
         end = part.offset + part.nbytes
 
 
+def squeezable(parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many rare exponents each parameter of an expert has that lossless records squeeze: those in bfloat16.
+
+    Args:
+        parameters: the expert's, by name, as the checkpoint has them.
+    """
+    return {name: rare_in(each) for name, each in parameters.items() if each.dtype is torch.bfloat16}
+
+
 def parse_parts(
     metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], nbytes: int
 ) -> tuple[Part, ...]:
@@ -170,6 +194,11 @@ def _parse(entry: Any, shapes: Mapping[str, tuple[int, ...]]) -> Part:
     name, offset, shape = entry["name"], entry["offset"], tuple(entry["shape"])
     if type(offset) is not int or offset < 0 or offset % ALIGNMENT or shape != shapes[name]:
         raise ValueError(f"{name!r} cannot be {shape!r} at {offset!r}")
+    if "rare" in entry:
+        if type(entry["rare"]) is not int:
+            raise ValueError(f"{entry['rare']!r} is no count")
+        content = Lossless(math.prod(shape), entry["rare"])
+        return Part(name=name, offset=offset, shape=shapes[name], content=content)
     if "dtype" in entry:
         return Part(name=name, offset=offset, shape=shapes[name], content=DTYPES[entry["dtype"]])
     bits, group, transposed = entry["bits"], entry["group"], entry["transposed"]
@@ -188,8 +217,13 @@ def _parse(entry: Any, shapes: Mapping[str, tuple[int, ...]]) -> Part:
     )
 
 
-def _content(parameter: Described, kind: str, group: int, transposed: bool) -> torch.dtype | Format:
-    if kind == "keep":
+def _content(
+    parameter: Described, kind: str, group: int, transposed: bool, rare: Mapping[str, int]
+) -> torch.dtype | Format | Lossless:
+    if kind == LOSSLESS and parameter.name in rare:
+        squeezed = Lossless(math.prod(parameter.shape), rare[parameter.name])
+        return squeezed if squeezed.nbytes < 2 * squeezed.count else parameter.stored
+    if kind in ("keep", LOSSLESS):
         return parameter.stored
     if not parameter.stored.is_floating_point:
         raise UnsupportedModel(
@@ -206,6 +240,8 @@ def _content(parameter: Described, kind: str, group: int, transposed: bool) -> t
 
 
 def _converted(part: Part, parameter: Tensor) -> Tensor:
+    if isinstance(part.content, Lossless):
+        return squeeze(parameter, part.content)
     if not isinstance(part.content, Format):
         return parameter.to(part.content).contiguous()
     matrix = parameter.t() if part.transposed else parameter
