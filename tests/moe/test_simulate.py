@@ -124,6 +124,17 @@ def test_a_path_and_a_trace_and_the_same_budget_in_other_words_are_the_same(tmp_
     assert answers[1:] == answers[:1] * 3
 
 
+def test_smaller_copies_are_read_faster_and_more_of_them_fit() -> None:
+    whole = simulate(ORDERLY, budget="25%")
+    smaller = simulate(ORDERLY, budget="25%", high_share=2 / 3)  # two blocks of three
+    assert smaller.budget == whole.budget
+    assert smaller.hit_rate > whole.hit_rate
+    assert smaller.decode.read_nbytes < 2 / 3 * whole.decode.read_nbytes
+    equal = simulate(ORDERLY, budget=2 * whole.budget // 3, high_share=2 / 3)
+    assert equal.decode.hits == whole.decode.hits
+    assert equal.decode.read_nbytes == 2 * whole.decode.read_nbytes // 3
+
+
 def test_progress_ends_where_the_trace_does() -> None:
     told: list[tuple[int, int]] = []
     simulate(ORDERLY, budget="25%", bound=False, on_progress=lambda done, steps: told.append((done, steps)))
@@ -138,6 +149,10 @@ def test_progress_ends_where_the_trace_does() -> None:
         {"policy": "best"},
         {"quality": "finest"},
         {"low_share": 1.0},
+        {"high_share": 0.0},
+        {"high_share": 1.1},
+        {"high_share": math.nan},
+        {"quality": "balanced", "high_share": 0.2},
         {"low_share": math.nan},
         {"expert_nbytes": 0},
         {"read_bytes_per_second": 0.0},

@@ -38,8 +38,9 @@ class MoeSettings:
         budgets: bytes, or shares of all experts.
         policies: names; the bound is always beside them.
         quality: name of a preset.
-        expert_nbytes: of a high copy; None for what the trace says.
-        low_share: bytes of a low copy for each of a high one.
+        expert_nbytes: of an expert; None for what the trace says.
+        high_share: bytes of a high copy for each of these.
+        low_share: bytes of a low copy for each of these.
         read_bytes_per_second: to predict tokens per second; None for no prediction.
         compute_seconds_per_expert: for that.
         seconds_per_token: for that; everything that is not experts.
@@ -50,6 +51,7 @@ class MoeSettings:
     policies: tuple[str, ...] = ONLINE
     quality: str = "exact"
     expert_nbytes: int | None = None
+    high_share: float = 1.0
     low_share: float = LOW_SHARE
     read_bytes_per_second: float | None = None
     compute_seconds_per_expert: float = 0.0
@@ -98,6 +100,7 @@ def _simulate(
         policy=policy,
         quality="exact" if policy == BOUND else settings.quality,
         expert_nbytes=settings.expert_nbytes,
+        high_share=settings.high_share,
         low_share=settings.low_share,
         read_bytes_per_second=settings.read_bytes_per_second,
         compute_seconds_per_expert=settings.compute_seconds_per_expert,

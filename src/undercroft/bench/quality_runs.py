@@ -104,10 +104,12 @@ class QualityRuns:
     Attributes:
         trace: of the exact reading.
         unequal: tokens of its first window of which the model in memory expects anything else, in any bit.
+        lossless_share: bytes of its experts' lossless copies, for each of the checkpoint's.
     """
 
     trace: Trace
     unequal: int
+    lossless_share: float
 
     def __init__(self, settings: QualitySettings, folder: Path, progress: Progress) -> None:
         self._settings, self._folder, self._progress = settings, folder, progress
@@ -120,6 +122,8 @@ class QualityRuns:
     def exact(self) -> Found:
         """Out of the checkpoint's own files, and beside it in memory; to be run first."""
         packed = pack(self._sources[PLAIN], self._folder / PLAIN / "hobbit")
+        squeezed = pack(self._sources[PLAIN], self._folder / PLAIN / "lossless", high="lossless", low="none")
+        self.lossless_share = squeezed.high_nbytes / squeezed.stored_nbytes
         model = self._open(self._sources[PLAIN], packed.stored_nbytes, Quality.preset("exact"))
         engine_of(model).keep_journal()
         found = self._found(PLAIN, "exact", model, is_asked=True)

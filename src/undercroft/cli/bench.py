@@ -134,6 +134,10 @@ def moe(
     expert_bytes: Annotated[
         str | None, typer.Option(help="Bytes of an expert.", show_default="what the trace says")
     ] = None,
+    high_share: Annotated[
+        float, typer.Option(help="Bytes of a high copy for each of these: 0.7 lossless, 0.53 in int8.")
+    ] = 1.0,
+    low_share: Annotated[float, typer.Option(help="Bytes of a low copy for each of these.")] = 0.28,
     read_rate: Annotated[
         str | None, typer.Option(help='Bytes read per second, like "1.7GB", to predict tokens per second.')
     ] = None,
@@ -156,6 +160,8 @@ def moe(
         policies=tuple(policy or ONLINE),
         quality=quality,
         expert_nbytes=None if expert_bytes is None else parse_size(expert_bytes),
+        high_share=high_share,
+        low_share=low_share,
         read_bytes_per_second=None if read_rate is None else parse_size(read_rate),
     )
     _tell([measure_moe(settings, _progress)], results, as_json=as_json, strict=strict)

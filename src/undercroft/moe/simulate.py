@@ -24,7 +24,7 @@ from undercroft.moe.trace import Step, Trace
 from undercroft.units import parse_size
 
 LOW_SHARE = 0.28
-"""Bytes of a low copy for each of a high one: int4 with scales against bfloat16 (4.5 bits of 16)."""
+"""Bytes of a low copy for each that the trace says of an expert: int4 with scales against bfloat16 (4.5 bits of 16)."""
 _SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%", re.ASCII)
 _PROGRESS_STEPS = 512
 
@@ -36,6 +36,7 @@ def simulate(
     policy: str = "expected-use",
     quality: Quality | str = "exact",
     expert_nbytes: int | None = None,
+    high_share: float = 1.0,
     low_share: float = LOW_SHARE,
     read_bytes_per_second: float | None = None,
     compute_seconds_per_expert: float = 0.0,
@@ -47,11 +48,12 @@ def simulate(
 
     Args:
         trace: or the path of a CSV file, see `Trace.read`.
-        budget: the most bytes of experts in memory; or a share of all of them, such as "12.5%".
+        budget: the most bytes of experts in memory; or a share of all of them as the trace has them, such as "12.5%".
         policy: one of `policies.ONLINE`, or "belady".
         quality: or the name of a preset.
-        expert_nbytes: bytes of the high copy of an expert; None for what the trace says.
-        low_share: bytes of a low copy for each of a high one, 0 to 1.
+        expert_nbytes: bytes of an expert; None for what the trace says.
+        high_share: bytes of a high copy for each of these, up to 1: 0.7 where packed lossless, 0.53 in int8.
+        low_share: bytes of a low copy for each of these, below `high_share`.
         read_bytes_per_second: predicts seconds: in each step of a layer the longer of reading and computing counts, for
             without hints a layer's reads overlap nothing but its own experts.
         compute_seconds_per_expert: for that; one expert for one token.
@@ -65,45 +67,52 @@ def simulate(
     """
     trace = trace if isinstance(trace, Trace) else Trace.read(trace)
     quality = Quality.preset(quality) if isinstance(quality, str) else quality
-    stock = stock_of(trace, quality, expert_nbytes, low_share)
+    stock = stock_of(trace, quality, expert_nbytes, high_share, low_share)
     rates = Rates(read_bytes_per_second, compute_seconds_per_expert, seconds_per_token)
-    nbytes = _parse_budget(budget, stock.nbytes)
+    exact = Quality.preset("exact")
+    nbytes = _parse_budget(budget, stock_of(trace, exact, expert_nbytes).nbytes)
     if nbytes < max(stock.high_nbytes):
         raise BudgetExceeded(max(stock.high_nbytes), nbytes, least=max(stock.high_nbytes))
     replay = _Replay(trace, stock, quality, policy, nbytes, rates)
     replay.run(on_progress)
     if not bound:
         return replay.result(None)
-    exact = Quality.preset("exact")
-    best = _Replay(trace, stock_of(trace, exact, expert_nbytes, low_share), exact, "belady", nbytes, rates)
+    whole = stock_of(trace, exact, expert_nbytes, high_share)
+    best = _Replay(trace, whole, exact, "belady", nbytes, rates)
     best.run(on_progress)
     return replay.result(best.counts[False].hit_rate)
 
 
 def stock_of(
-    trace: Trace, quality: Quality, expert_nbytes: int | None = None, low_share: float = LOW_SHARE
+    trace: Trace,
+    quality: Quality,
+    expert_nbytes: int | None = None,
+    high_share: float = 1.0,
+    low_share: float = LOW_SHARE,
 ) -> Stock:
     """The experts that a trace speaks of; for the arguments see `simulate`.
 
     Raises:
         InvalidInput: nothing says what an expert weighs, or an argument cannot be meant.
     """
-    if not 0 < low_share < 1:
-        raise InvalidInput(f"a low copy takes between 0 and 1 of a high one, not {low_share!r}")
+    if not 0 < high_share <= 1:
+        raise InvalidInput(f"a high copy takes between 0 and 1 of an expert, not {high_share!r}")
+    has_low = quality.low_precision is not None and quality.low > 0
+    if not 0 < low_share < (high_share if has_low else 1):
+        raise InvalidInput(f"a low copy takes between 0 and {high_share} of an expert, not {low_share!r}")
     sizes: Mapping[int, int] = trace.expert_nbytes
     if expert_nbytes is not None:
         sizes = dict.fromkeys(range(trace.layers), expert_nbytes)
     if missing := [layer for layer in range(trace.layers) if layer not in sizes]:
         raise InvalidInput(f"the trace says no expert_bytes of layers {missing[:5]}; give expert_nbytes")
-    high = [sizes[layer] for layer in range(trace.layers)]
-    has_low = quality.low_precision is not None and quality.low > 0
+    whole = [sizes[layer] for layer in range(trace.layers)]
     return Stock.of(
-        high,
+        [math.ceil(nbytes * high_share) for nbytes in whole],
         experts=trace.experts,
         used=trace.used,
         high=quality.high,
         low=quality.low_precision if has_low else None,
-        low_nbytes=[math.ceil(nbytes * low_share) for nbytes in high] if has_low else (),
+        low_nbytes=[math.ceil(nbytes * low_share) for nbytes in whole] if has_low else (),
     )
 
 
