@@ -28,7 +28,7 @@ from undercroft.moe.manifest import PackedLayer
 from undercroft.moe.packed import PackedExperts
 from undercroft.moe.policies import make_policy
 from undercroft.moe.quality import Quality
-from undercroft.moe.streamed import attach, streamed_forward
+from undercroft.moe.streamed import FeedForward, attach, streamed_forward
 from undercroft.store.cache import RecordCache
 from undercroft.store.slab import Slab
 from undercroft.store.transfer import TransferQueue
@@ -188,9 +188,9 @@ class _Here:
         """All at once."""
         return iter([[(expert, self._held.blocks[expert]) for expert in self._wanted()]])
 
-    def opened(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-        """One after the other."""
-        return ((expert, self._held.parameters[expert]) for expert in self._wanted())
+    def outputs(self, x: Tensor, feed_forward: FeedForward) -> Iterator[tuple[int, Tensor]]:
+        """Of one after the other."""
+        return ((expert, feed_forward(x, self._held.parameters[expert])) for expert in self._wanted())
 
     def close(self) -> None:
         """Nothing is let go of."""

@@ -27,8 +27,9 @@ from undercroft.moe.layered import ExpertPolicy
 from undercroft.moe.packed import PackedMatrix
 from undercroft.moe.packed_weight import PackedWeight
 from undercroft.moe.quality import Quality
-from undercroft.moe.serving_order import Choice, ServingOrder, waves
+from undercroft.moe.serving_order import Choice, IsHere, ServingOrder, waves
 from undercroft.moe.stock import Stock
+from undercroft.moe.streamed import FeedForward, Service
 from undercroft.moe.trace import Trace
 from undercroft.store.arrivals import NOTHING
 from undercroft.store.cache import RecordCache
@@ -86,6 +87,11 @@ class ExpertReport:
         predicted: bytes of experts that were begun to be read ahead.
         useful: bytes of these that were wanted by the forward they were read for.
         wasted: bytes of these that were read, and were not.
+        device_hits: of the hits, experts that were on the device.
+        device_held: bytes of experts there now.
+        device_budget: the most that there may be.
+        moved_nbytes: bytes copied there.
+        computed: experts that the CPU computed, because moving them would have taken longer.
     """
 
     hits: int
@@ -100,6 +106,11 @@ class ExpertReport:
     predicted: int = 0
     useful: int = 0
     wasted: int = 0
+    device_hits: int = 0
+    device_held: int = 0
+    device_budget: int = 0
+    moved_nbytes: int = 0
+    computed: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -179,21 +190,16 @@ class Engine:
         if self._journal is not None:
             self._journal.turn_to(is_first=is_first, is_prefill=is_prefill)
 
-    def serve(self, layer: ServedLayer, chosen: Tensor, weights: Tensor) -> LayerService:
+    def serve(self, layer: ServedLayer, chosen: Tensor, weights: Tensor) -> Service:
         """Begin to bring what one forward of a layer wants.
 
         Args:
             layer: which.
-            chosen: (tokens, k) int64, experts by number; a number beyond the last means none.
+            chosen: (tokens, k) int64 on the CPU, experts by number; a number beyond the last means none.
             weights: (tokens, k), of the chosen.
         """
-        experts: NDArray[np.int64] = chosen.numpy()
-        if self._journal is not None:
-            self._journal.note(layer.number, experts, weights.float().numpy())
-        uses = self._uses(layer, experts, weights)
-        choices = self._order.step(layer.number, uses, len(experts), self.cache.__contains__)
-        self._hints.turn_to(layer.number, {choice.key for choice in choices})
-        return LayerService(self, layer, choices, is_token=len(experts) == 1)
+        choices = self._choose(layer, chosen, weights, self.cache.__contains__)
+        return LayerService(self, layer, choices, is_token=len(chosen) == 1)
 
     def foresee(self, layer: int, experts: Sequence[int], chance: float = 1.0) -> int:
         """Begin to read what a later layer of this forward will probably want, behind all that is wanted now.
@@ -214,16 +220,25 @@ class Engine:
 
     def open(self, layer: ServedLayer, key: Key, lease: Lease) -> Mapping[str, Tensor]:
         """An expert's parameters as the model takes them, over a lease that holds it."""
-        found = self._source.parameters(key, lease)
-        return {name: _taken(each, layer.dtypes[name]) for name, each in found.items()}
+        return taken(self._source.parameters(key, lease), layer)
 
     def block(self, key: Key, lease: Lease) -> Block:
         """An expert as the kernels take it, for as long as the lease lives."""
         return self._source.block(key, lease)
 
+    def _choose(self, layer: ServedLayer, chosen: Tensor, weights: Tensor, is_here: IsHere) -> list[Choice]:
+        """What serves a forward of a layer, of which everybody is told."""
+        experts: NDArray[np.int64] = chosen.numpy()
+        if self._journal is not None:
+            self._journal.note(layer.number, experts, weights.float().cpu().numpy())
+        uses = self._uses(layer, experts, weights)
+        choices = self._order.step(layer.number, uses, len(experts), is_here)
+        self._hints.turn_to(layer.number, {choice.key for choice in choices})
+        return choices
+
     def _uses(self, layer: ServedLayer, experts: NDArray[np.int64], weights: Tensor) -> list[Use]:
         if not self.is_exact:
-            return weigh(experts, weights.float().numpy())
+            return weigh(experts, weights.float().cpu().numpy())
         if len(experts) == 1:
             return [
                 Use(expert, 1.0, 0.0, 1) for expert in sorted(experts[0].tolist()) if expert < layer.experts
@@ -265,16 +280,17 @@ class LayerService:
             self._parameters, self._at = self._engine.open(self._layer, key, self._lease(key)), expert
         return self._parameters
 
-    def opened(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-        """Those that were chosen and are not skipped: the ones in memory first, then as they arrive."""
+    def outputs(self, x: Tensor, feed_forward: FeedForward) -> Iterator[tuple[int, Tensor]]:
+        """What those make of a token that were chosen and are not skipped: those in memory first, then as they come."""
         places = self._engine.stock.places
         while True:
             while arrived := self._together():
                 arrived.reverse()
                 while arrived:
                     key, lease = arrived.pop()
-                    yield places[key].expert, self._engine.open(self._layer, key, lease)
+                    out = feed_forward(x, self._engine.open(self._layer, key, lease))
                     del lease
+                    yield places[key].expert, out
             if not self._begin():
                 return
 
@@ -284,7 +300,7 @@ class LayerService:
         return self._layer.gated
 
     def blocks(self) -> Iterator[Sequence[tuple[int, Block]]]:
-        """As `opened`, but all that are there at a time, as blocks that stay until the next are asked for.
+        """Those, all that are there at a time, as blocks that stay until the next are asked for.
 
         All of a wave have room together, so none has to leave for the next.
         """
@@ -336,6 +352,11 @@ class LayerService:
             return None
         key, self._held[arrived[0]] = arrived
         return key
+
+
+def taken(found: Mapping[str, Tensor | PackedMatrix], layer: ServedLayer) -> dict[str, Tensor]:
+    """An expert's parameters as the model takes them."""
+    return {name: _taken(each, layer.dtypes[name]) for name, each in found.items()}
 
 
 def _taken(stored: Tensor | PackedMatrix, dtype: torch.dtype) -> Tensor:

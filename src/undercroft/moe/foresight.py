@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from undercroft.moe.engine import Engine
@@ -153,8 +152,8 @@ class _Routers:
         if not gates:
             return None
         any_gate = next(iter(gates.values()))
-        weight = torch.zeros(layers, *any_gate.weight.shape)
-        bias = torch.zeros(layers, len(any_gate.weight))
+        weight = any_gate.weight.new_zeros(layers, *any_gate.weight.shape)
+        bias = any_gate.weight.new_zeros(layers, len(any_gate.weight))
         for number, gate in gates.items():
             weight[number], bias[number] = gate.weight, gate.bias
         squashes: Counter[Squash] = Counter(gate.squash for gate in gates.values() if gate.bias.any())

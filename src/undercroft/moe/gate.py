@@ -97,7 +97,7 @@ class Watch:
 
         Args:
             number: of the layer.
-            chosen: (tokens, k), of few tokens.
+            chosen: (tokens, k), of few tokens, on the CPU.
         """
         if self._sightings[number] < _SIGHTINGS:
             self._try(number, chosen)
@@ -175,16 +175,16 @@ def _tried(
         return
     folded = weight.float() * gain
     scores = normalised(residual) @ folded.T
-    for bias in _biases(owner, len(weight)):
+    for bias in (*_biases(owner, len(weight)), scores.new_zeros(len(weight))):
         for squash in _SQUASHES if bias.any() else _WITHOUT_BIAS:
             likeliest = (squashed(scores, squash) + bias).topk(chosen.shape[1]).indices
-            agreement = (likeliest[..., None] == chosen[:, None]).any(-1).float().mean().item()
+            agreement = (likeliest.cpu()[..., None] == chosen[:, None]).any(-1).float().mean().item()
             yield agreement, Gate(norm=norm, weight=folded, bias=bias, squash=squash)
 
 
 def _gain(norm: nn.Module, residual: Tensor, normed: Tensor) -> Tensor | None:
     """(width,): what a norm multiplies by after normalising; None if that is not all it does."""
-    ones = torch.ones(1, 1, residual.shape[-1], dtype=residual.dtype)
+    ones = residual.new_ones(1, 1, residual.shape[-1])
     gain = norm.forward(ones).detach().float().flatten()
     if len(gain) != residual.shape[-1]:
         return None
@@ -197,7 +197,6 @@ def _biases(owner: nn.Module, experts: int) -> Iterator[Tensor]:
     for each in (*owner.buffers(), *owner.parameters()):
         if each.numel() == experts:
             yield each.detach().float().flatten()
-    yield torch.zeros(experts)
 
 
 def _is_few(tensor: Tensor) -> bool:

@@ -28,6 +28,26 @@ IMPLEMENTATION = "undercroft"
 _ATTRIBUTE = "_undercroft_serve"
 
 
+class FeedForward(NamedTuple):
+    """What most families do with one expert.
+
+    Attributes:
+        act_fn: between its two products.
+    """
+
+    act_fn: Any
+
+    @property
+    def is_silu(self) -> bool:
+        """Whether `Block`s do the same."""
+        return isinstance(self.act_fn, _SILU)
+
+    def __call__(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """Of tokens (tokens, width) and an expert's parameters."""
+        gate, up = linear(x, parts["gate_up_proj"]).chunk(2, dim=-1)
+        return linear(self.act_fn(gate) * up, parts["down_proj"])
+
+
 class Service(Protocol):
     """The experts of one forward of one layer."""
 
@@ -45,12 +65,12 @@ class Service(Protocol):
         """The sizes of its experts where these are `Block`s, so that `blocks` may be asked for."""
         ...
 
-    def opened(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-        """Those that are not left out, as they come, with their parameters: let go of these before the next."""
+    def outputs(self, x: Tensor, feed_forward: FeedForward) -> Iterator[tuple[int, Tensor]]:
+        """What those that are not left out make of one token, as they come."""
         ...
 
     def blocks(self) -> Iterator[Sequence[tuple[int, Block]]]:
-        """The same, all together that are there at a time, and as blocks; they stay until the next are asked for."""
+        """Those, all together that are there at a time, as blocks, which stay until the next are asked for."""
         ...
 
     def close(self) -> None:
@@ -62,16 +82,16 @@ class Serve(Protocol):
     """How a module finds its experts."""
 
     def __call__(self, chosen: Tensor, weights: Tensor) -> Service:
-        """Begin to bring what a forward wants, all at once; see `streamed_forward`."""
+        """Begin to bring what a forward wants, all at once; see `streamed_forward`. What is chosen is on the CPU."""
         ...
 
 
 class _Stack:
     """Stands for a stacked parameter: indexing gives one expert's part."""
 
-    def __init__(self, name: str, service: Service, like: Tensor) -> None:
+    def __init__(self, name: str, service: Service, like: Tensor, device: torch.device) -> None:
         self._name, self._service = name, service
-        self.shape, self.dtype, self.device = like.shape, like.dtype, torch.device("cpu")
+        self.shape, self.dtype, self.device = like.shape, like.dtype, device
 
     def __getitem__(self, expert: Tensor | int) -> Tensor:
         return self._service[int(expert)][self._name]
@@ -159,12 +179,14 @@ def streamed_forward(module: torch.nn.Module, hidden: Tensor, chosen: Tensor, we
     serve = attached(module)
     forward = own_forward(module)
     assert forward is not None
-    service = serve(chosen, weights)
+    routed = chosen.cpu()  # where a device computes, the one time in a layer that the CPU waits for it
+    service = serve(routed, weights)
     if len(chosen) == 1 and _is_usual(forward):
-        return _one_token(module, service, hidden, chosen, weights)
+        return _one_token(module, service, hidden, routed, weights)
     if service.skipped:
         chosen, weights = _without(chosen, weights, list(service.skipped))
-    stacks = {name: _Stack(name, service, each) for name, each in module.named_parameters(recurse=False)}
+    parameters = module.named_parameters(recurse=False)
+    stacks = {name: _Stack(name, service, each, hidden.device) for name, each in parameters}
     try:
         return forward(_Borrowed(module, stacks), hidden, chosen, weights)
     finally:
@@ -173,7 +195,7 @@ def streamed_forward(module: torch.nn.Module, hidden: Tensor, chosen: Tensor, we
 
 def _without(chosen: Tensor, weights: Tensor, skipped: list[int]) -> tuple[Tensor, Tensor]:
     """The same choice without some experts: another of the token's takes their place, with no weight."""
-    gone = torch.isin(chosen, torch.tensor(skipped))
+    gone = torch.isin(chosen, torch.tensor(skipped, device=chosen.device))
     other = chosen.gather(1, (~gone).int().argmax(dim=1, keepdim=True))
     return torch.where(gone, other, chosen), weights.masked_fill(gone, 0)
 
@@ -188,10 +210,7 @@ def _one_token(module: Any, service: Service, hidden: Tensor, chosen: Any, weigh
     """What the usual forward does to one token: experts compute as they arrive, and are summed in its own order."""
     if service.gated is not None and isinstance(module.act_fn, _SILU):
         return _in_one_call(service, service.gated, hidden, chosen, weights)
-    found: dict[int, Tensor] = {}
-    for expert, parts in service.opened():
-        found[expert] = _usual_expert(module.act_fn, hidden, parts)
-        del parts
+    found = dict(service.outputs(hidden, FeedForward(module.act_fn)))
     service.close()
     out = torch.zeros_like(hidden)
     for expert, slot in sorted((expert, slot) for slot, expert in enumerate(chosen[0].tolist())):
@@ -222,11 +241,6 @@ def _in_one_call(service: Service, sizes: Gated, hidden: Tensor, chosen: Any, we
         products.append(feed_forwards(x, blocks, sizes))
     service.close()
     return add_up(products, terms(), hidden.dtype) if products else torch.zeros_like(hidden)
-
-
-def _usual_expert(act_fn: Any, hidden: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-    gate, up = linear(hidden, parts["gate_up_proj"]).chunk(2, dim=-1)
-    return linear(act_fn(gate) * up, parts["down_proj"])
 
 
 _SILU: Any = tuple(type(ACT2FN[name]) for name in ("silu", "swish"))  # pyright: ignore
