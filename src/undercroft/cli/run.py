@@ -35,6 +35,8 @@ def run(
         typer.Option(help="Reads in flight.", show_default="as doctor found best for the disk, or 2"),
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens whose KV cache is set aside at once.")] = 0,
+    device: Annotated[str, typer.Option(help="What computes: cpu, or a GPU such as cuda.")] = "cpu",
+    device_budget: Annotated[str | None, typer.Option(help="Most bytes of experts on the GPU.")] = None,
 ) -> None:
     r"""Write text with a model whose experts stay on disk but for a budget: the same text, in less memory.
 
@@ -46,6 +48,8 @@ def run(
 
     if tokens < 1 or temperature < 0 or context < 0:
         raise typer.BadParameter("--tokens is at least 1, --temperature and --context at least 0")
+    if device == "cpu" and device_budget is not None:
+        raise typer.BadParameter("--device-budget is of a GPU; name it with --device cuda")
     model = locate(model)  # before PyTorch, which takes seconds to come
     import torch
 
@@ -65,7 +69,16 @@ def run(
     if not ids:
         raise InvalidInput("the prompt is empty; give the model something to go on from")
     with warnings_as_lines():
-        opened = load_moe(model, budget, quality, policy=policy, readers=readers, context=context)
+        opened = load_moe(
+            model,
+            budget,
+            quality,
+            policy=policy,
+            readers=readers,
+            context=context,
+            device=device,
+            device_budget=device_budget,
+        )
     engine = engine_of(opened)
     torch.manual_seed(seed)
     with Screen(engine) as screen:
@@ -144,6 +157,11 @@ def describe(writing: Writing, report: ExpertReport) -> str:
         f"{format_size(report.read_nbytes)} read, at most {format_size(report.budget)} held",
         f"time: {format_seconds(report.waited_seconds)} of {format_seconds(seconds)} waiting for the disk",
     ]
+    if report.device_budget:
+        lines.append(
+            f"device: {report.device_hits} of these were there, {format_size(report.moved_nbytes)} moved, at most "
+            f"{format_size(report.device_budget)} held; the CPU computed {report.computed}"
+        )
     if report.predicted:
         lines.append(
             f"read ahead: {format_size(report.predicted)} begun, {format_size(report.useful)} of it wanted"

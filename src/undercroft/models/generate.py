@@ -67,9 +67,9 @@ def generate_text(
         say: told each piece of text as soon as it can be read, and each token with an empty text.
     """
     writing = Writing(prompt=len(ids))
-    prompt = torch.tensor([ids])
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
     writer: Any = model
+    prompt = torch.tensor([ids], device=writer.get_input_embeddings().weight.device)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
     with torch.no_grad():
         writer.generate(
             prompt,

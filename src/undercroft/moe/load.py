@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -25,18 +25,23 @@ from undercroft.models.place import download, locate
 from undercroft.models.source import read_config
 from undercroft.models.tracing import Lazy, load
 from undercroft.moe.bank import Layer
+from undercroft.moe.cooperate import Estimates
 from undercroft.moe.copies import check_served
+from undercroft.moe.device import carrier_to, find_device, put_trunk, slots_nbytes
+from undercroft.moe.device_engine import DeviceEngine
 from undercroft.moe.engine import Engine, ExpertReport, ExpertSource, ServedLayer
 from undercroft.moe.foresight import look_ahead
 from undercroft.moe.governor import Governor
 from undercroft.moe.headroom import Headroom, advice, row_nbytes, token_nbytes
 from undercroft.moe.indexed import IndexedExperts
+from undercroft.moe.layered import ExpertPolicy
 from undercroft.moe.light import lighten
 from undercroft.moe.manifest import PackedLayer
 from undercroft.moe.model import adopt
 from undercroft.moe.packed import WORKED_ON, PackedExperts, is_packed, open_packed
 from undercroft.moe.policies import make_policy
 from undercroft.moe.quality import Quality
+from undercroft.moe.slots import Slots
 from undercroft.moe.stock import Stock
 from undercroft.moe.streamed import IMPLEMENTATION, attach, places, refuse_wrapped
 from undercroft.moe.survey import survey
@@ -63,12 +68,18 @@ def load_moe(
     readers: int | None = None,
     context: int = 0,
     prefetch: bool | Governor = True,
+    device: str | torch.device = "cpu",
+    device_budget: int | str | None = None,
+    cooperate: bool = True,
     syscalls: Syscalls | None = None,
 ) -> PreTrainedModel:
     """A causal language model of transformers whose experts stay on disk but for as many as a budget holds.
 
     Experts, the KV cache and what experts compute with in a prefill share the budget: as a text grows, fewer experts
     stay. Warns of a budget that is less than one token uses.
+
+    On a GPU, all other weights and the KV cache are there, and as many experts as `device_budget` holds; `budget` is
+    then for experts alone, in pinned memory that is taken at once. See docs/devices.md.
 
     Args:
         source: a folder that holds config.json and *.safetensors, one that `pack` wrote, or a name on the hub.
@@ -81,15 +92,23 @@ def load_moe(
         prefetch: whether experts may be read before they are wanted, while that pays; a governor says when that is.
             Nothing is where `quality` degrades: what is in memory decides there what serves, so results would depend
             on time.
+        device: that computes: the CPU, or a GPU such as "cuda".
+        device_budget: bytes of experts there; if None, four fifths of what is free once all other weights are there,
+            less the KV cache of `context` tokens. On the CPU it is for trying the way to a device where there is none:
+            experts are copied to that much more memory.
+        cooperate: whether the CPU may compute an expert that is not on the device where that takes less time than to
+            move it, in qualities that serve low copies or skip experts.
         syscalls: through which experts are read: the seam for doubles, such as a slow disk.
 
     Raises:
         InvalidInput, UnsupportedModel, TransferFailed: see `locate` and `read_config`.
+        InvalidInput: there is no such device.
         UnsupportedModel: the model has no experts, or its family's code does not let them be streamed.
         CorruptRecord: a file contradicts itself.
         BudgetExceeded: the budget does not hold one expert, or, from a forward, none beside the KV cache.
     """
     wanted = quality if isinstance(quality, Quality) else Quality.preset(quality)
+    where = find_device(device)
     arithmetic.settle()
     place = locate(source)
     config = read_config(place)
@@ -101,27 +120,40 @@ def load_moe(
         stock = found.experts.stock(_used(config))
         check_served(wanted, stock)
         model = _dense(config, checkpoint, found.absent, kind)
-        if wanted.dense == "int8":
+        if where.type != "cpu":
+            put_trunk(model, where)
+        elif wanted.dense == "int8":
             lighten(model, experts=stock.experts)
-        whole = parse_size(budget)
+        whole, token = parse_size(budget), token_nbytes(config, kind)
         shared = Budget(host=_whole_pages(whole))
         least = max((*stock.high_nbytes, *stock.low_nbytes))
-        left = whole - _open_workshop(found.experts, whole, least, shared, opened)
+        most = _restored_nbytes(found.experts) * stock.layers * stock.experts or stock.nbytes
+        room = slots_nbytes(device_budget, where, most=most, aside=context * token)
+        worked_on = WORKED_ON if room is None else 2 * WORKED_ON  # to be copied, and by the CPU beside it
+        left = whole - _open_workshop(found.experts, worked_on, whole, least, shared, opened)
         flying = machine.readers(checkpoint.paths[0].parent) if readers is None else readers
-        engine = _engine(found.experts, stock, left, shared, wanted, policy, flying, opened)
-        headroom = Headroom(
-            shared,
-            engine.cache,
-            least=least,
-            token_nbytes=token_nbytes(config, kind),
-            row_nbytes=row_nbytes(_shapes(model, found.experts), kind),
-            context=context,
-        )
+        serving = _Serving(found.experts, stock, wanted, policy)
+        memory = partial(_memory, found.experts, left, shared, flying, opened)
+        if room is None:
+            engine = _engine(serving, memory)
+        else:
+            engine = _device_engine(serving, memory, where, room, cooperate, opened)
+        headroom = None
+        if where.type == "cpu":
+            headroom = Headroom(
+                shared,
+                engine.cache,
+                least=least,
+                token_nbytes=token,
+                row_nbytes=row_nbytes(_shapes(model, found.experts), kind),
+                context=context,
+            )
         _wire(model, found.experts, engine, headroom, prefetch)
-        if (said := advice(engine.cache.budget, stock.used * sum(stock.high_nbytes))) is not None:
+        held = engine.cache.budget + (room or 0)
+        if (said := advice(held, stock.used * sum(stock.high_nbytes))) is not None:
             warnings.warn(said, RuntimeWarning, stacklevel=2)
         weakref.finalize(model, opened.pop_all().close)
-    adopt(model, found.files)
+    adopt(model, found.files, where)
     return model.requires_grad_(False).eval()
 
 
@@ -154,6 +186,23 @@ class _Found(NamedTuple):
     files: Sequence[Path]
 
 
+class _Serving(NamedTuple):
+    """What is served, how well, and what leaves first."""
+
+    experts: IndexedExperts | PackedExperts
+    stock: Stock
+    quality: Quality
+    policy: str
+
+
+class _Memory(NamedTuple):
+    """What holds experts in memory."""
+
+    slab: Slab
+    cache: RecordCache
+    recorder: Recorder
+
+
 def _found(
     checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype, syscalls: Syscalls | None
 ) -> _Found:
@@ -170,7 +219,7 @@ def _wire(
     model: PreTrainedModel,
     experts: IndexedExperts | PackedExperts,
     engine: Engine,
-    headroom: Headroom,
+    headroom: Headroom | None,
     prefetch: bool | Governor,
 ) -> None:
     """Let the model's forwards ask the engine."""
@@ -195,16 +244,17 @@ def _used(config: PreTrainedConfig) -> int:
 
 
 def _tell(
-    engine: Engine, headroom: Headroom, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    engine: Engine, headroom: Headroom | None, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Tell the engine where a sequence begins, and what is prefill; make room for its keys and values."""
+    """Tell the engine where a sequence begins, and what is prefill; make room for its keys and values in memory."""
     past = kwargs.get("past_key_values")
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
     rows, added = tokens.shape[:2] if tokens is not None else (1, 1)
     before = 0 if past is None else int(past.get_seq_length())
-    headroom.make_room(past, before, rows, added)
+    if headroom is not None:
+        headroom.make_room(past, before, rows, added)
     engine.turn_to(is_first=before == 0, is_prefill=before == 0 or tokens is None or added > 1)
 
 
@@ -231,8 +281,18 @@ def _dense(
     return load(config, weights, dtype=dtype, experts=IMPLEMENTATION)
 
 
+def _restored_nbytes(experts: IndexedExperts | PackedExperts) -> int:
+    """What the largest lossless expert takes restored; 0 where none is so."""
+    return 0 if isinstance(experts, IndexedExperts) else experts.restored_nbytes
+
+
 def _open_workshop(
-    experts: IndexedExperts | PackedExperts, budget: int, least: int, shared: Budget, opened: ExitStack
+    experts: IndexedExperts | PackedExperts,
+    worked_on: int,
+    budget: int,
+    least: int,
+    shared: Budget,
+    opened: ExitStack,
 ) -> int:
     """Set aside where lossless experts are restored, if they are so; its bytes.
 
@@ -241,7 +301,7 @@ def _open_workshop(
     """
     if isinstance(experts, IndexedExperts) or not experts.restored_nbytes:
         return 0
-    nbytes = round_up(WORKED_ON * round_up(experts.restored_nbytes), _page(budget))
+    nbytes = round_up(worked_on * round_up(experts.restored_nbytes), _page(budget))
     if budget < nbytes + least:
         raise BudgetExceeded(least, budget, {_WORKSHOP: nbytes}, least=nbytes + least)
     workshop = Slab(nbytes, budget=shared, holder=_WORKSHOP, prefault=True, page=_page(budget))
@@ -250,17 +310,14 @@ def _open_workshop(
     return nbytes
 
 
-def _engine(
+def _memory(
     experts: IndexedExperts | PackedExperts,
-    stock: Stock,
     budget: int,
     shared: Budget,
-    quality: Quality,
-    policy: str,
     readers: int,
     opened: ExitStack,
-) -> Engine:
-    leaving = make_policy(policy, stock)
+    leaving: ExpertPolicy,
+) -> _Memory:
     slab = Slab(budget, budget=shared, holder="experts", page=_page(budget))
     opened.callback(slab.close)
     queue = TransferQueue(workers=readers + 1)
@@ -268,7 +325,45 @@ def _engine(
     recorder = Recorder(enabled=False)
     cache = RecordCache(experts.files, budget, slab, queue, policy=leaving, recorder=recorder)
     opened.callback(cache.close)
+    return _Memory(slab, cache, recorder)
+
+
+def _engine(serving: _Serving, memory: Callable[[ExpertPolicy], _Memory]) -> Engine:
+    experts, stock, quality, policy = serving
+    leaving = make_policy(policy, stock)
+    _, cache, recorder = memory(leaving)
     return Engine(experts, stock, cache, quality, leaving, recorder)
+
+
+def _device_engine(
+    serving: _Serving,
+    memory: Callable[[ExpertPolicy], _Memory],
+    device: torch.device,
+    room: int,
+    cooperate: bool,
+    opened: ExitStack,
+) -> DeviceEngine:
+    experts, stock, quality, policy = serving
+    estimates = Estimates()
+    slots = Slots(room, stock, make_policy(policy, stock), carrier_to(device), estimates.note_move)
+    leaving = make_policy(policy, stock)
+    slab, cache, recorder = memory(leaving)
+    opened.callback(slots.settle)  # before the memory is given back that copies are made of
+    workshop = None if isinstance(experts, IndexedExperts) else experts.workshop
+    for each in (slab, workshop):
+        if device.type == "cuda" and isinstance(each, Slab):
+            each.register_cuda()
+    return DeviceEngine(
+        experts,
+        stock,
+        cache,
+        quality,
+        leaving,
+        recorder,
+        slots=slots,
+        estimates=estimates,
+        cooperate=cooperate,
+    )
 
 
 def _page(budget: int) -> int:

@@ -23,6 +23,8 @@ class StreamedModel:
 
     undercroft_files: Sequence[Path]
     """The checkpoint's files of weights, its index included."""
+    undercroft_device: torch.device
+    """Where it computes."""
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As `torch.nn.Module.to`, where there is nothing to do.
@@ -33,19 +35,20 @@ class StreamedModel:
         parse: Any = torch._C._nn._parse_to  # pyright: ignore
         parsed = cast("tuple[Any, ...]", parse(*args, **kwargs))
         device, dtype = parsed[0], parsed[1]
-        model = cast("Any", self)
-        if (device is None or device.type == "cpu") and dtype in (None, model.dtype):
+        model, own = cast("Any", self), self.undercroft_device
+        is_there = device is None or (device.type == own.type and own.index in (None, device.index or 0))
+        if is_there and dtype in (None, model.dtype):
             return self
         raise UnsupportedModel(
-            f"a streamed model stays on the CPU in {model.dtype}: its experts are not here to be moved; "
-            "open it again with load_moe(..., dtype=...) for another dtype"
+            f"a streamed model stays on {own} in {model.dtype}: its experts are not here to be moved; "
+            "open it again with load_moe(..., device=..., dtype=...)"
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """What `half`, `cuda` and their like come to."""
         raise UnsupportedModel(
             "a streamed model cannot be converted, for its experts are not here; "
-            "open it again with load_moe(..., dtype=...)"
+            "open it again with load_moe(..., device=..., dtype=...)"
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
@@ -69,13 +72,15 @@ class StreamedModel:
             model.generation_config.save_pretrained(directory)
 
 
-def adopt(model: PreTrainedModel, files: Sequence[Path]) -> None:
+def adopt(model: PreTrainedModel, files: Sequence[Path], device: torch.device) -> None:
     """Make a model a `StreamedModel` too; it stays an instance of its own class.
 
     Args:
         model: whose experts are meta tensors.
         files: its checkpoint's files of weights.
+        device: where it computes.
     """
     put_before(StreamedModel, model)
     cast("Any", model).undercroft_files = files
-    cast("Any", model).hf_device_map = {"": "cpu"}  # so that pipelines leave it where it is
+    cast("Any", model).undercroft_device = device
+    cast("Any", model).hf_device_map = {"": str(device)}  # so that pipelines leave it where it is
