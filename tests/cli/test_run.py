@@ -77,6 +77,9 @@ def test_on_a_terminal_the_text_and_a_live_line_are_shown(model: Path) -> None:
         (("experts", "x", "--quality", "good"), 1, "'good' is no quality"),
         (("experts", "x", "--quality", "balanced"), 1, "undercroft pack"),
         (("experts", "x", "--tokens", "0"), 2, "--tokens is at least 1"),
+        (("experts", "x", "--device", "cuda:99"), 1, "cuda:99"),
+        (("experts", "x", "--device", "gpu"), 1, "'gpu' is no device"),
+        (("experts", "x", "--device-budget", "1GiB"), 2, "name it with --device cuda"),
     ],
 )
 def test_what_cannot_be_meant_is_said(model: Path, arguments: tuple[str, ...], code: int, said: str) -> None:

@@ -111,5 +111,5 @@ def test_a_cpu_that_was_slow_once_is_tried_again() -> None:
     estimates = Estimates()
     estimates.note_move(1, 1.0)
     estimates.note_compute(1, 100.0, 0.0)
-    steps = next(step for step in range(10_000) if estimates.divide([1] * 4, 0).computed)
-    assert 100 < steps < 2000
+    steps = next(step for step in range(20_000) if estimates.divide([1] * 4, 0).computed)
+    assert 1000 < steps < 10_000

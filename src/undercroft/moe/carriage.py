@@ -44,7 +44,7 @@ class Carrier(Protocol):
         ...
 
     def carry(self, pieces: Sequence[tuple[Tensor, Tensor]], after: Iterable[Mark]) -> Carriage:
-        """Begin to copy.
+        """Begin to copy, behind all copies that were begun before.
 
         Args:
             pieces: bytes there, and bytes here that they become; these must stay until the copy is done.
@@ -132,26 +132,27 @@ class CudaCarrier:
         return found
 
     def carry(self, pieces: Sequence[tuple[Tensor, Tensor]], after: Iterable[Mark]) -> _CudaCarriage:
-        """See `Carrier`; copies are done one after another."""
+        """See `Carrier`."""
         with torch.cuda.stream(self._side):
             for mark in after:
                 assert isinstance(mark, torch.cuda.Event)
                 self._side.wait_event(mark)
-            began = self._now(self._side)
+            began = _now(self._side, is_timed=True)
             for there, here in pieces:
                 there.copy_(here, non_blocking=True)
-            return _CudaCarriage(began, self._now(self._side))
+            return _CudaCarriage(began, _now(self._side, is_timed=True))
 
     def mark(self) -> torch.cuda.Event:
         """See `Carrier`; of the present stream."""
-        return self._now(torch.cuda.current_stream(self._device))
+        return _now(torch.cuda.current_stream(self._device))
 
     def wait(self, carriage: Carriage) -> None:
         """See `Carrier`; of the present stream."""
         assert isinstance(carriage, _CudaCarriage)
         torch.cuda.current_stream(self._device).wait_event(carriage.ended)
 
-    def _now(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(stream)
-        return event
+
+def _now(stream: torch.cuda.Stream, *, is_timed: bool = False) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=is_timed)
+    event.record(stream)
+    return event

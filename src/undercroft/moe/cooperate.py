@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 _NEWEST = 0.2
 """How much of an estimate the newest measurement is."""
-_DOUBT = 1 / 512
+_DOUBT = 1 / 2048
 """How much of the CPU's estimate is taken off in a step that it has no share of, so that it is tried again some day."""
 
 

@@ -8,6 +8,7 @@ copies, all experts are computed on the device, by the family's own operations.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -151,9 +152,10 @@ class DeviceService:
         self.skipped = {choice.expert for choice in choices if choice.key is None}
         self._keys = {choice.expert: choice.key for choice in choices if choice.key is not None}
         self._pending = set(self._keys.values())  # what is still to be computed, and so does not leave
-        self._absent = [key for key in self._keys.values() if key not in self._slots]
-        self._waves = waves(self._absent, engine.stock, engine.cache.budget)
-        self._is_near = any(key in engine.cache for key in self._absent)
+        absent = [key for key in self._keys.values() if key not in self._slots]
+        self._absent = deque(absent)  # less those that were brought in their turn
+        self._waves = waves(absent, engine.stock, engine.cache.budget)
+        self._is_near = any(key in engine.cache for key in absent)
         self._coming = NOTHING
         self._held: dict[Key, Lease] = {}
         self._at: Key | None = None
@@ -238,13 +240,14 @@ class DeviceService:
 
     def _bring_ahead(self) -> None:
         """Begin to move what came and will be computed, in that order, as far as there is room."""
-        for key in self._absent:
+        while self._absent:
+            key = self._absent[0]
             if key in self._pending and key not in self._slots:
-                if key not in self._held or not self._engine.bring(
-                    key, self._held[key], spared=self._pending
-                ):
+                lease = self._held.get(key)
+                if lease is None or not self._engine.bring(key, lease, spared=self._pending):
                     return
                 del self._held[key]
+            self._absent.popleft()
 
     def _open(self, key: Key) -> dict[str, Tensor]:
         return taken(self._slots.use(key), self._layer)

@@ -83,4 +83,5 @@ def adopt(model: PreTrainedModel, files: Sequence[Path], device: torch.device) -
     put_before(StreamedModel, model)
     cast("Any", model).undercroft_files = files
     cast("Any", model).undercroft_device = device
-    cast("Any", model).hf_device_map = {"": str(device)}  # so that pipelines leave it where it is
+    # So that pipelines leave it where it is, and `generate` does not compile it.
+    cast("Any", model).hf_device_map = {"": str(device), "experts": "disk"}
