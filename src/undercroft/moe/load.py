@@ -25,6 +25,7 @@ from undercroft.models.place import download, locate
 from undercroft.models.source import read_config
 from undercroft.models.tracing import Lazy, load
 from undercroft.moe.bank import Layer
+from undercroft.moe.beneath import Beneath
 from undercroft.moe.cooperate import Estimates
 from undercroft.moe.copies import check_served
 from undercroft.moe.device import carrier_to, find_device, put_trunk, slots_nbytes
@@ -346,7 +347,7 @@ def _device_engine(
     experts, stock, quality, policy = serving
     estimates = Estimates()
     slots = Slots(room, stock, make_policy(policy, stock), carrier_to(device), estimates.note_move)
-    leaving = make_policy(policy, stock)
+    leaving = Beneath(make_policy(policy, stock), slots, stock)
     slab, cache, recorder = memory(leaving)
     opened.callback(slots.settle)  # before the memory is given back that copies are made of
     workshop = None if isinstance(experts, IndexedExperts) else experts.workshop
