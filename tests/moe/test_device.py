@@ -1,17 +1,22 @@
 """The way to a device, run where there is none: slots in memory, copies by the carrier of the host."""
 
 import gc
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.moe.conftest import ALWAYS, mixtral, prompt, qwen, stock
+from tests.moe.families import fill, tiny_config
 from tests.moe.test_exact import BANK, EXPERT, same
-from tests.moe.test_served import distance, heed_experts
+from tests.moe.test_served import FAMILIES, distance, heed_experts
+from torch import Tensor
 
 from undercroft.errors import BudgetExceeded, InvalidInput
+from undercroft.moe.carriage import Carriage, Done, HostCarrier, Mark
 from undercroft.moe.device import find_device, put_trunk
 from undercroft.moe.device_engine import DeviceEngine
 from undercroft.moe.governor import Governor
@@ -56,6 +61,65 @@ def test_bit_for_bit_in_packed_folders(
     pack(folder, tmp_path / "packed")
     model = load_moe(tmp_path / "packed", BANK // 2, dtype=dtype, device_budget=BANK // 3)
     same(stock(folder, dtype), model, prompt(), tokens=8)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the families' own code
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bit_for_bit_in_other_families(name: str, tmp_path: Path) -> None:
+    make, build = FAMILIES[name]
+    model = build(tiny_config(make))
+    fill(model, 0)
+    heed_experts(model)
+    model.save_pretrained(tmp_path)
+    twin = load_moe(tmp_path, "4MiB", device_budget="128KiB")
+    ids = prompt(length=6) % model.config.get_text_config().vocab_size
+    same(stock(tmp_path), twin, ids, tokens=4)
+    assert expert_report(twin).moved_nbytes > 2 * expert_report(twin).device_budget
+
+
+class Late(HostCarrier):
+    """A link of its own that begins every copy late."""
+
+    def __init__(self) -> None:
+        self.link = ThreadPoolExecutor(1)
+
+    def carry(self, pieces: Sequence[tuple[Tensor, Tensor]], after: Iterable[Mark]) -> Any:
+        def copy() -> Done:
+            time.sleep(1e-3)
+            return HostCarrier.carry(self, pieces, ())
+
+        return Under(self.link.submit(copy))
+
+    def wait(self, carriage: Carriage) -> None:
+        carriage.synchronize()
+
+
+class Under:
+    """A copy on its way."""
+
+    def __init__(self, future: Future[Done]) -> None:
+        self._future = future
+
+    @property
+    def seconds(self) -> float:
+        return self._future.result().seconds
+
+    def query(self) -> bool:
+        return self._future.done()
+
+    def synchronize(self) -> None:
+        self._future.result()
+
+
+@pytest.mark.parametrize("budget", [2 * SLOT, BANK // 2])
+@pytest.mark.parametrize("slots", list(SLOTS.values())[:-1], ids=list(SLOTS)[:-1])
+def test_late_copies_change_no_number(checkpoint: Callable[..., Path], slots: int, budget: int) -> None:
+    folder, carrier = checkpoint(), Late()
+    model = load_moe(folder, budget + 2**17, device_budget=slots, prefetch=False)
+    device_engine(model).slots._carrier = carrier
+    same(stock(folder), model, prompt(), tokens=8)
+    same(stock(folder), model, prompt(rows=2), tokens=4)
+    carrier.link.shutdown()
 
 
 def test_bit_for_bit_with_predictions(checkpoint: Callable[..., Path]) -> None:
