@@ -5,7 +5,7 @@ the CPU first hands to the device what is computed there, and then computes its 
 of a step would by these estimates end sooner, so neither of the two ways alone does; the link is never left more than
 one expert behind.
 
-HOBBIT (arXiv 2411.01433, section 4) has this as a mode of its own; Fiddler (arXiv 2402.07033) decides it expert by
+HOBBIT (arXiv 2411.01433) has this as a mode of its own; Fiddler (arXiv 2402.07033) decides it expert by
 expert.
 """
 

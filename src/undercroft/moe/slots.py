@@ -49,6 +49,14 @@ class _Slot:
     used: Mark | None = None
 
 
+class _Use(NamedTuple):
+    """A range of the arena that something may still be computed with."""
+
+    start: int
+    end: int
+    used: Mark
+
+
 class _Flight(NamedTuple):
     """A copy that may be under way, and what must live until it is done."""
 
@@ -95,7 +103,7 @@ class Slots:
         self._shelf = Shelf(self.budget, PaperSlab(self.budget, page=BLOCK), policy, self._left)
         self._slots: dict[Key, _Slot] = {}
         self._unmarked: list[_Slot] = []
-        self._in_use: list[_Slot] = []
+        self._in_use: list[_Use] = []
         self._flights: deque[_Flight] = deque()
 
     @property
@@ -180,15 +188,12 @@ class Slots:
         if slot in self._unmarked:
             self.mark()
         if slot.used is not None:
-            self._in_use.append(slot)
+            self._in_use.append(_Use(slot.start, slot.end, slot.used))
 
     def _uses_of(self, start: int, end: int) -> list[Mark]:
         """What may still read a range of the arena."""
-        marks = {
-            id(slot): slot.used for slot in self._in_use if slot.used is not None and not slot.used.query()
-        }
-        self._in_use = [slot for slot in self._in_use if id(slot) in marks]
-        return [marks[id(slot)] for slot in self._in_use if slot.start < end and start < slot.end]
+        self._in_use = [each for each in self._in_use if not each.used.query()]
+        return [each.used for each in self._in_use if each.start < end and start < each.end]
 
     def _view(self, place: int, like: Tensor) -> Tensor:
         """As `like`, but in the arena."""
