@@ -77,6 +77,30 @@ def test_bit_for_bit_in_other_families(name: str, tmp_path: Path) -> None:
     assert expert_report(twin).moved_nbytes > 2 * expert_report(twin).device_budget
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("quality", ["exact", "degrading"])
+def test_lossless_experts_are_restored_on_their_way(
+    checkpoint: Callable[..., Path], tmp_path: Path, quality: str, late: bool
+) -> None:
+    plain, carrier = stock(checkpoint(), torch.bfloat16), Late()
+    plain.save_pretrained(tmp_path / "model")
+    pack(tmp_path / "model", tmp_path / "packed", high="lossless", low="int4")
+    wanted = (
+        Quality.preset("exact") if quality == "exact" else Quality(low=0.0, skip=1e-6, low_precision=None)
+    )
+    model = load_moe(tmp_path / "packed", BANK, wanted, device_budget=4 * SLOT)
+    if late:
+        device_engine(model).slots._carrier = carrier
+    if quality == "exact":
+        same(plain, model, prompt(), tokens=8)
+    for _ in range(200):
+        device_engine(model).estimates.note_move(1, 1.0)
+    ids = prompt(length=16)
+    assert distance(logits(plain, ids), logits(model, ids)) < 0.02
+    assert (expert_report(model).computed > 0) == (quality != "exact")
+    carrier.link.shutdown()
+
+
 class Late(HostCarrier):
     """A link of its own that begins every copy late."""
 

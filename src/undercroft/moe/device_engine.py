@@ -47,6 +47,8 @@ class DeviceEngine(Engine):
         slots: what holds some of them on the device.
         estimates: of what moving and computing take; told of each copy by the slots.
         cooperate: whether the CPU may compute experts, where the quality degrades.
+        restores: whether the source lends memory for what it restores: for no more than one copy under way and another
+            that begins.
 
     Attributes:
         slots: as given.
@@ -69,9 +71,10 @@ class DeviceEngine(Engine):
         slots: Slots,
         estimates: Estimates,
         cooperate: bool,
+        restores: bool,
     ) -> None:
         super().__init__(source, stock, cache, quality, policy, recorder)
-        self.slots, self.estimates = slots, estimates
+        self.slots, self.estimates, self._restores = slots, estimates, restores
         self.cooperates = cooperate and quality.degrades
 
     def report(self) -> ExpertReport:
@@ -108,6 +111,8 @@ class DeviceEngine(Engine):
 
     def bring(self, key: Key, lease: Lease, *, spared: set[Key]) -> bool:
         """Begin to move an expert to the device; see `Slots.bring`."""
+        if self._restores:
+            self.slots.settle(but=1)
         return self.slots.bring(key, self._source.parameters(key, lease), lease, spared=spared)
 
     def count(self, name: str, number: int) -> None:

@@ -364,6 +364,7 @@ def _device_engine(
         slots=slots,
         estimates=estimates,
         cooperate=cooperate,
+        restores=workshop is not None,
     )
 
 

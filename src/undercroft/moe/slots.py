@@ -177,10 +177,10 @@ class Slots:
             flight = self._flights.popleft()
             self._on_carried(flight.nbytes, flight.carriage.seconds)
 
-    def settle(self) -> None:
-        """Wait for all copies, and let go of what they were made of."""
-        if self._flights:
-            self._flights[-1].carriage.synchronize()
+    def settle(self, but: int = 0) -> None:
+        """Wait for all copies but the last few, and let go of what they were made of."""
+        while len(self._flights) > but:
+            self._flights[0].carriage.synchronize()
             self.collect()
 
     def _left(self, entry: Entry) -> None:
