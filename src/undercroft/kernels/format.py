@@ -6,7 +6,7 @@ Pure arithmetic: it knows sizes, not tensors. Invariant: `packed_nbytes` is what
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from undercroft.errors import InvalidInput
 
@@ -25,16 +25,21 @@ class Format:
     Attributes:
         bits: of a weight: 8 (symmetric: scale only), 4 or 2 (scale and least weight).
         group: neighbouring columns of a row that share them: 32, 64 or 128.
+        group_nbytes: bytes of a group of a block: its header, then its codes.
     """
 
     bits: int
     group: int = GROUPS[0]
+    group_nbytes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.bits not in BITS or self.group not in GROUPS:
             raise InvalidInput(
                 f"no format of {self.bits} bits in groups of {self.group}: bits are one of {BITS}, groups of {GROUPS}"
             )
+
+        codes_nbytes = self.group * BLOCK_ROWS * self.bits // 8
+        object.__setattr__(self, "group_nbytes", self.header_nbytes + codes_nbytes)
 
     @classmethod
     def parse(cls, text: str) -> Format:
@@ -65,11 +70,6 @@ class Format:
     def header_nbytes(self) -> int:
         """Bytes of the scales, and least weights, of a group of a block."""
         return (2 if self.symmetric else 4) * BLOCK_ROWS
-
-    @property
-    def group_nbytes(self) -> int:
-        """Bytes of a group of a block: its header, then its codes."""
-        return self.header_nbytes + self.group * BLOCK_ROWS * self.bits // 8
 
     def groups(self, columns: int) -> int:
         """Groups in a row of so many columns.

@@ -57,13 +57,14 @@ class Library:
         self._mix.argtypes = (*self._blocks.argtypes[:-1], c_int64, c_void_p, c_void_p, c_void_p)
         self._mix.restype = c_bool
         self.instructions = _NAMES[: library.undercroft_kernels_instructions() + 1]
+        self._fastest = len(self.instructions) - 1
         self.threaded = bool(library.undercroft_kernels_threaded())
 
     def linear(
         self, x: Tensor, packed: Tensor, format: Format, rows: int, *, instructions: str | None = None
     ) -> Tensor:
         """The product of x [..., K] with a packed [rows, K], with the named or the fastest instruction set."""
-        out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
+        out = x.new_empty(*x.shape[:-1], rows)
         call = self._call(x, instructions)
         weight = (packed.data_ptr(), format.bits, format.group)
         require_memory(self._linear(*call, x.data_ptr(), *weight, rows, out.data_ptr()))
@@ -132,8 +133,8 @@ class Library:
 
     def _call(self, x: Tensor, instructions: str | None) -> tuple[int, int, bool, int, int]:
         columns = x.shape[-1]
-        bf16 = x.dtype is torch.bfloat16
-        return self.number(instructions), torch.get_num_threads(), bf16, x.numel() // columns, columns
+        number = self._fastest if instructions is None else self.number(instructions)
+        return number, torch.get_num_threads(), x.dtype is torch.bfloat16, x.numel() // columns, columns
 
     def number(self, instructions: str | None) -> int:
         """In C, of an instruction set by name, or of the fastest.
@@ -142,7 +143,7 @@ class Library:
             InvalidInput: this CPU has no such.
         """
         if instructions is None:
-            return len(self.instructions) - 1
+            return self._fastest
         if instructions not in self.instructions:
             raise InvalidInput(f"this CPU has {', '.join(self.instructions)}, not {instructions}")
         return _NAMES.index(instructions)

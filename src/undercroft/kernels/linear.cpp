@@ -19,7 +19,7 @@ namespace {
 constexpr int kBlockRows = 32;
 constexpr int kTileRows = 8;  // rows of activations that share one pass over a block
 constexpr int64_t kPanelBytes = 256 << 10;  // activation codes that stay in the second-level cache
-constexpr int64_t kLargestGroup = 128;
+constexpr int64_t kPiece = 1024;         // activations, of whole groups, that are loaded before they are quantised
 constexpr float kNothing = 1e-30f;     // a group of activations whose largest is smaller counts as zeros
 
 struct Group {
@@ -59,6 +59,7 @@ using Tile = void(const uint8_t* block, const Matrix&, const Activations&, int64
 
 struct Loops {
   Group (*quantise)(const float*, int64_t, int8_t*);
+  void (*emit)(const float*, int64_t, uint16_t*);
   std::array<Tile*, kTileRows> tiles[3];  // for 2, 4 and 8 bits
   Tile* tile(int bits, int64_t rows) const { return tiles[bits / 4][rows - 1]; }
 };
@@ -66,14 +67,18 @@ struct Loops {
 #define LOOPS "tile.inc"
 #include "dispatch.inc"
 
-// Of one row; fill(column, count, values) writes the activations of one group as float.
+// Of one row; fill(column, count, values) writes some of its activations as float. Many at a time: what was only just
+// stored cannot be loaded in larger pieces without a wait.
 template <class Fill>
 void quantise_row(const Loops& loops, Activations& x, int64_t row, const Matrix& w, const Fill& fill) {
-  float values[kLargestGroup];
-  for (int64_t g = 0; g < w.groups; g++) {
-    fill(g * w.group, w.group, values);
-    int8_t* codes = x.codes.get() + row * w.columns + g * w.group;
-    x.groups[row * w.groups + g] = loops.quantise(values, w.group, codes);
+  float values[kPiece];
+  for (int64_t first = 0; first < w.columns; first += kPiece) {
+    const int64_t count = std::min(kPiece, w.columns - first);
+    fill(first, count, values);
+    for (int64_t at = 0; at < count; at += w.group) {
+      int8_t* codes = x.codes.get() + row * w.columns + first + at;
+      x.groups[row * w.groups + (first + at) / w.group] = loops.quantise(values + at, w.group, codes);
+    }
   }
 }
 
@@ -90,12 +95,15 @@ Activations quantise(const Loops& loops, int threads, int64_t rows, const Matrix
 
 int64_t blocks_of(const Matrix& w) { return (w.rows + kBlockRows - 1) / kBlockRows; }
 
+void emit(const Loops&, const float* values, int64_t count, float* out) { std::copy_n(values, count, out); }
+void emit(const Loops& loops, const float* values, int64_t count, uint16_t* out) { loops.emit(values, count, out); }
+
 template <class Out>
 void multiply(const Loops& loops, int threads, int64_t rows, const Activations& x, const Matrix& w, Out* out) {
   const int64_t blocks = blocks_of(w), block_nbytes = group_nbytes(w.bits, w.group) * w.groups;
   const int64_t panel = std::clamp<int64_t>(kPanelBytes / w.columns, 1, 16) * kTileRows;
   const int64_t panels = (rows + panel - 1) / panel;
-  const int64_t share = std::clamp<int64_t>(blocks / (threads * 4), 1, 8);  // blocks of a task
+  const int64_t share = std::clamp<int64_t>(blocks / (threads * 2), 1, 16);  // blocks of a task
   const int64_t shares = (blocks + share - 1) / share;
   in_parallel(team(threads, rows * w.rows * w.columns), panels * shares, [&](int64_t task) {
     float sums[kTileRows * kBlockRows];
@@ -107,7 +115,7 @@ void multiply(const Loops& loops, int threads, int64_t rows, const Activations& 
         const int64_t tiles = (end - row + kTileRows - 1) / kTileRows;
         next = row + (end - row + tiles - 1) / tiles;
         loops.tile(w.bits, next - row)(w.packed + block * block_nbytes, w, x, row, sums);
-        for (int64_t m = row; m < next; m++) emit(sums + (m - row) * kBlockRows, width, out + m * w.rows + column);
+        for (int64_t m = row; m < next; m++) emit(loops, sums + (m - row) * kBlockRows, width, out + m * w.rows + column);
       }
     }
   });
