@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from undercroft.errors import CorruptRecord, UnsupportedModel
-from undercroft.models.checkpoint import Checkpoint, StoredTensor
+from undercroft.models.checkpoint import LINE, PHASES, Checkpoint, StoredTensor
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.bfloat16).view(2, 3),
@@ -39,6 +39,20 @@ def test_every_tensor_comes_back(tmp_path: Path) -> None:
             found = checkpoint.read(checkpoint[name])
             assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
             assert torch.equal(found, tensor)
+
+
+@pytest.mark.parametrize("phase", range(0, LINE, 4))
+def test_a_tensor_begins_at_its_phase(tmp_path: Path, phase: int) -> None:
+    """That of its place in the file, or of the place that the metadata names."""
+    write(tmp_path / "model.safetensors", entry(), bytes(16))
+    with Checkpoint(tmp_path) as checkpoint:
+        stored = checkpoint["x"]
+        assert checkpoint.read(stored).data_ptr() % LINE == stored.phase == stored.offset % LINE
+    write(
+        tmp_path / "model.safetensors", {**entry(), "__metadata__": {PHASES: f'{{"x": {phase}}}'}}, bytes(16)
+    )
+    with Checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.read(checkpoint["x"]).data_ptr() % LINE == checkpoint["x"].phase == phase
 
 
 def test_shards_are_those_that_the_index_names(tmp_path: Path) -> None:
@@ -70,6 +84,11 @@ def test_shards_are_those_that_the_index_names(tmp_path: Path) -> None:
         (entry(data_offsets=[0]), bytes(16)),
         (entry(data_offsets=None), bytes(16)),
         (entry(dtype=["F32"]), bytes(16)),
+        ({**entry(), "__metadata__": 7}, bytes(16)),
+        ({**entry(), "__metadata__": {PHASES: 7}}, bytes(16)),
+        ({**entry(), "__metadata__": {PHASES: "[8]"}}, bytes(16)),
+        ({**entry(), "__metadata__": {PHASES: '{"x": 16}'}}, bytes(16)),
+        ({**entry(), "__metadata__": {PHASES: '{"x": true}'}}, bytes(16)),
     ],
 )
 def test_a_header_that_cannot_be_is_refused(tmp_path: Path, header: object, content: bytes) -> None:

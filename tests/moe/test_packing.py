@@ -64,6 +64,21 @@ def test_parts_are_aligned_apart_and_what_they_say(
         check(kind, tensors[part.name], part, view(part, content))
 
 
+def test_what_is_kept_begins_at_its_phase() -> None:
+    parameters = [parameter("a", (5, 3)), parameter("b", (4, 4)), parameter("c", (32, 32))]
+    phases = {"a": 8, "b": 12, "c": 8}
+    kept = arrange(parameters, "keep", 32, transposed=False, phases=phases)
+    assert [part.offset % ALIGNMENT for part in kept] == [8, 12, 8]
+    shapes = {each.name: each.shape for each in parameters}
+    said: Any = {"parts": [part.entry() for part in kept]}
+    assert parse_parts(said, shapes, kept[-1].offset + kept[-1].nbytes) == kept
+    packed = arrange(parameters, "int4", 32, transposed=False, phases=phases)
+    assert packed[2].offset % ALIGNMENT == 0
+    said["parts"][0]["offset"] = 6  # where no float32 begins
+    with pytest.raises(CorruptRecord):
+        parse_parts(said, shapes, 1 << 20)
+
+
 def raw(block: torch.Tensor | bytes) -> bytes:
     return block if isinstance(block, bytes) else block.reshape(-1).view(torch.uint8).numpy().tobytes()
 

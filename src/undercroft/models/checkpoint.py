@@ -3,6 +3,10 @@
 It reads headers, and bytes when asked; it knows no model. A header is another's text: every number in it is checked
 against the file before it is believed. Invariant: a `StoredTensor` lies whole inside its file, and is as long as its
 dtype and shape say.
+
+PyTorch's product of one row with a float32 matrix may round otherwise where the matrix begins elsewhere modulo 16 bytes
+(oneMKL does so on AMD's processors), and transformers computes with a weight where it lies in the mapped file. So what
+is read here begins where it begins there: its *phase*.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -36,6 +40,10 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 """The element types of safetensors that torch has too, by the format's name."""
+LINE = 16
+"""Bytes modulo which PyTorch's products heed where a float32 matrix begins."""
+PHASES = "undercroft.phases"
+"""What metadata calls a JSON object of phases by name, of tensors that PyTorch maps in another file than this one."""
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 _INDEX = "model.safetensors.index.json"
 
@@ -50,6 +58,7 @@ class StoredTensor:
         dtype: of its elements, little-endian.
         shape: row-major.
         offset: of its first byte in the file.
+        phase: where it begins modulo `LINE` where PyTorch maps the checkpoint.
     """
 
     name: str
@@ -57,6 +66,7 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
+    phase: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -113,17 +123,19 @@ class Checkpoint(Mapping[str, StoredTensor]):
             raise
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
-        """The tensor itself, through the page cache.
+        """The tensor itself, through the page cache, at its phase.
 
         Raises:
             CorruptRecord: the file became shorter.
             TransferFailed: the system refused.
         """
-        content = bytearray(tensor.nbytes)
-        self.read_into(tensor.file, tensor.offset, memoryview(content))
-        if not content:
+        if not tensor.nbytes:
             return torch.empty(tensor.shape, dtype=tensor.dtype)
-        return torch.frombuffer(content, dtype=tensor.dtype).view(tensor.shape)
+        room = bytearray(tensor.nbytes + LINE)
+        first = (tensor.phase - torch.frombuffer(room, dtype=torch.uint8).data_ptr()) % LINE
+        self.read_into(tensor.file, tensor.offset, memoryview(room)[first : first + tensor.nbytes])
+        count = math.prod(tensor.shape)
+        return torch.frombuffer(room, dtype=tensor.dtype, count=count, offset=first).view(tensor.shape)
 
     def read_into(self, file: int, offset: int, memory: memoryview) -> None:
         """Fill memory with the bytes of a file from an offset on.
@@ -191,12 +203,13 @@ class Checkpoint(Mapping[str, StoredTensor]):
         if not isinstance(header, dict):
             raise CorruptRecord(f"{path} is no safetensors file: its header is no object")
         start = 8 + length
-        for name, entry in cast("dict[str, Any]", header).items():
-            if name == "__metadata__":
-                continue
+        entries = cast("dict[str, Any]", header)
+        phases = _phases(path, entries.pop("__metadata__", None))
+        for name, entry in entries.items():
             if name in self._tensors:
                 raise CorruptRecord(f"{path} has {name}, which another file has too")
-            self._tensors[name] = _tensor(path, name, entry, number, start, nbytes)
+            found = _tensor(path, name, entry, number, start, nbytes)
+            self._tensors[name] = replace(found, phase=phases.get(name, found.phase))
 
     def _bytes(self, file: int, offset: int, nbytes: int) -> bytearray:
         content = bytearray(nbytes)
@@ -216,7 +229,21 @@ def _tensor(path: Path, name: str, entry: Any, file: int, start: int, nbytes: in
         raise UnsupportedModel(f"{path}: {name} is of type {kind}, which torch does not have")
     if start + last > nbytes or last - first != math.prod(shape) * DTYPES[kind].itemsize:
         raise CorruptRecord(f"{path}: {name} does not lie inside the file as its shape says")
-    return StoredTensor(name, file, DTYPES[kind], shape, start + first)
+    return StoredTensor(name, file, DTYPES[kind], shape, start + first, (start + first) % LINE)
+
+
+def _phases(path: Path, metadata: Any) -> dict[str, int]:
+    """The phases that a file's metadata names."""
+    try:
+        phases = (
+            cast("dict[str, Any]", json.loads(metadata[PHASES])) if metadata and PHASES in metadata else {}
+        )
+        sane = all(type(phase) is int and 0 <= phase < LINE for phase in phases.values())
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CorruptRecord(f"{path}: its metadata does not say where tensors begin") from error
+    if not sane:
+        raise CorruptRecord(f"{path}: its metadata does not say where tensors begin")
+    return phases
 
 
 def _open(path: Path) -> int:

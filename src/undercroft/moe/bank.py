@@ -12,8 +12,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from undercroft.models.checkpoint import LINE
 from undercroft.models.recipe import Recipe, item
 from undercroft.store.record import Key
+
+PHASED = (torch.float32, torch.float64)
+"""The dtypes in which PyTorch's products heed where a matrix begins; see `checkpoint`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,7 @@ class Parameter:
         stored: the dtype in the checkpoint.
         dtype: the dtype in the model.
         recipe: how the stacked parameter is made of the checkpoint's tensors.
+        phase: where the stacked parameter begins modulo `LINE` where the whole model is in memory.
         strides: of a contiguous tensor of that shape, in elements.
     """
 
@@ -34,6 +39,7 @@ class Parameter:
     stored: torch.dtype
     dtype: torch.dtype
     recipe: Recipe
+    phase: int = 0
     strides: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -43,6 +49,10 @@ class Parameter:
     def nbytes(self) -> int:
         """Bytes of one expert's part, as stored."""
         return math.prod(self.shape) * self.stored.itemsize
+
+    def phase_of(self, expert: int) -> int:
+        """Where an expert's part begins modulo `LINE` there: PyTorch's products may heed it, see `checkpoint`."""
+        return (self.phase + expert * self.nbytes) % LINE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

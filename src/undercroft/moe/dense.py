@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from undercroft.errors import TransferFailed
-from undercroft.models.checkpoint import DTYPES, Checkpoint, StoredTensor
+from undercroft.models.checkpoint import DTYPES, PHASES, Checkpoint, StoredTensor
 from undercroft.store.partial import PartialFile
 from undercroft.store.ranges import round_up
 from undercroft.units import MIB
@@ -100,7 +100,8 @@ def digest_of(path: Path) -> str:
 
 
 def _header(tensors: Sequence[StoredTensor]) -> bytes:
-    entries: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt"}}
+    phases = {tensor.name: tensor.phase for tensor in tensors}
+    entries: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt", PHASES: json.dumps(phases)}}
     end = 0
     for tensor in tensors:
         offsets = [end, end + tensor.nbytes]

@@ -1,8 +1,9 @@
 """Experts read where they lie, in the safetensors files of a checkpoint: no second copy.
 
 It knows byte ranges and how they become an expert's parameters; not caches or models. Source offsets are multiples
-of 8 at best, so whole blocks are read around them. Where the runs of a parameter lie side by side in the file, as
-they mostly do, it is a view of what was read; other experts are put in order, on the thread that read them.
+of 8 at best, so whole blocks are read around them. Where the runs of a parameter lie side by side in the file, as they
+mostly do, and at its phase where that counts, it is a view of what was read; other experts are put in order, on the
+thread that read them.
 Invariant: a file that changed since it was opened is never believed.
 """
 
@@ -21,9 +22,9 @@ import torch
 
 from undercroft.errors import CorruptRecord, InvalidInput, TransferFailed
 from undercroft.kernels import Block
-from undercroft.models.checkpoint import Checkpoint, Version
+from undercroft.models.checkpoint import LINE, Checkpoint, Version
 from undercroft.models.recipe import Array, Recipe, Stored, assemble, is_plain, leaves
-from undercroft.moe.bank import Layer, view_of
+from undercroft.moe.bank import PHASED, Layer, Parameter, view_of
 from undercroft.moe.stock import Stock
 from undercroft.store.disk import DiskFile, Syscalls, open_file
 from undercroft.store.ranges import BLOCK, round_up
@@ -174,7 +175,8 @@ class IndexedExperts:
         """The experts of a layer; all take the same room, whatever blocks they touch."""
         recipes = [layer.recipes(number) for number in range(layer.experts)]
         windows = [_windows(self._spans(each)) for each in recipes]
-        nbytes = max(sum(window.nbytes for window in each) for each in windows)
+        read = max(sum(window.nbytes for window in each) for each in windows)
+        nbytes = max(read, *(round_up(_places(layer, number)[1]) for number in range(layer.experts)))
         for number in range(layer.experts):
             yield self._locate(layer, number, recipes[number], windows[number], nbytes)
 
@@ -192,11 +194,14 @@ class IndexedExperts:
             checksum=0,
             metadata={},
         )
-        places = {name: self._in_place(recipe, windows) for name, recipe in recipes.items()}
+        places = {
+            name: self._in_place(recipe, windows, layer.parameters[name], number)
+            for name, recipe in recipes.items()
+        }
         direct = {name: place for name, place in places.items() if place is not None}
         if len(direct) == len(places):
             return Expert(record, windows, layer, recipes, direct, in_order=True)
-        return Expert(record, windows, layer, recipes, _one_after_another(layer), in_order=False)
+        return Expert(record, windows, layer, recipes, _places(layer, number)[0], in_order=False)
 
     def _spans(self, recipes: dict[str, Recipe]) -> list[tuple[int, int, int]]:
         return [self._span(leaf) for recipe in recipes.values() for leaf in leaves(recipe)]
@@ -214,12 +219,15 @@ class IndexedExperts:
             if window.file == file and window.offset <= start and end <= window.offset + window.need
         )
 
-    def _in_place(self, recipe: Recipe, windows: Sequence[Window]) -> int | None:
-        """Where a parameter lies in what was read; None if its runs are not side by side there."""
+    def _in_place(
+        self, recipe: Recipe, windows: Sequence[Window], parameter: Parameter, expert: int
+    ) -> int | None:
+        """Where a parameter lies in what was read; None if its runs are not side by side there, or out of phase."""
         runs = [(self._place(leaf, windows), leaf.nbytes) for leaf in leaves(recipe)]
         beside = all(place + nbytes == after for (place, nbytes), (after, _) in pairwise(runs))
         aligned = runs[0][0] % next(leaves(recipe)).itemsize == 0
-        return runs[0][0] if beside and aligned and is_plain(recipe) else None
+        in_phase = parameter.stored not in PHASED or runs[0][0] % LINE == parameter.phase_of(expert)
+        return runs[0][0] if beside and aligned and in_phase and is_plain(recipe) else None
 
     def _chunks(self, record: Record, address: int) -> Iterator[Chunk]:
         for window in self._experts[record.key].windows:
@@ -262,13 +270,14 @@ def _windows(spans: Sequence[tuple[int, int, int]]) -> tuple[Window, ...]:
     return tuple(windows)
 
 
-def _one_after_another(layer: Layer) -> dict[str, int]:
+def _places(layer: Layer, expert: int) -> tuple[dict[str, int], int]:
+    """Where an expert's parameters are when they are put in order, one after another, and where the last ends."""
     places: dict[str, int] = {}
     end = 0
     for name, each in layer.parameters.items():
-        places[name] = end
-        end += round_up(each.nbytes, 8)
-    return places
+        places[name] = round_up(end, LINE) + each.phase_of(expert)
+        end = places[name] + each.nbytes
+    return places, end
 
 
 def _open(path: Path, syscalls: Syscalls | None) -> DiskFile:

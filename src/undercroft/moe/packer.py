@@ -75,8 +75,9 @@ class _Work:
     def parts(self) -> dict[str, tuple[Part, ...]]:
         """Of the records of its experts, by kind."""
         parameters = list(self.layer.parameters.values())
+        group, phases = self.forms.group, {each.name: each.phase_of(0) for each in parameters}
         return {
-            kind: arrange(parameters, kind, self.forms.group, transposed=self.transposed, rare=self.rare)
+            kind: arrange(parameters, kind, group, transposed=self.transposed, rare=self.rare, phases=phases)
             for kind in self.forms.kinds
         }
 

@@ -1,7 +1,7 @@
 """How one expert becomes the content of a record, and which bytes of it are which parameter.
 
 It knows shapes, precisions and the packed layout of `kernels`; not files, nor where experts come from. Invariant:
-what a record holds is said by its parts alone, and each begins at a multiple of 64 bytes.
+what a record holds is said by its parts alone, and each begins at a multiple of 64 bytes, or at its phase behind one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from undercroft.errors import CorruptRecord, InvalidInput, UnsupportedModel
 from undercroft.kernels.format import GROUPS, Format, packed_nbytes
 from undercroft.kernels.lossless import Lossless, rare_in, squeeze
 from undercroft.kernels.quantise import quantise
+from undercroft.moe.bank import PHASED
 from undercroft.moe.levels import factors, levels_of
 from undercroft.store.ranges import round_up
 from undercroft.store.record import DTYPES
 
 ALIGNMENT = 64
-"""Bytes of which every part's offset is a multiple: a line of the cache."""
+"""Bytes of which every part's offset is a multiple, but for its phase: a line of the cache."""
 QUANTISED = {"int8": 8, "int4": 4, "int2": 2}
 """Bits of a weight in the kinds of records that hold quantised matrices."""
 LOSSLESS = "lossless"
@@ -109,6 +110,7 @@ def arrange(
     *,
     transposed: bool,
     rare: Mapping[str, int] | None = None,
+    phases: Mapping[str, int] | None = None,
 ) -> tuple[Part, ...]:
     """The parts of an expert's record.
 
@@ -118,6 +120,7 @@ def arrange(
         group: columns that share a scale; fewer where only fewer divide a matrix.
         transposed: the parameters' matrices are [inputs, outputs].
         rare: for how many rare exponents lossless parts have room, by parameter; see `squeezable`.
+        phases: of the parameters by name, heeded where they are kept; see `bank.Parameter.phase_of`.
 
     Raises:
         UnsupportedModel: elements that are no floating-point numbers can only be kept.
@@ -127,9 +130,10 @@ def arrange(
     for each in parameters:
         content = _content(each, kind, group, transposed, rare or {})
         quantised = isinstance(content, Format)
+        phase = (phases or {}).get(each.name, 0) if content in PHASED else 0
         part = Part(
             name=each.name,
-            offset=round_up(end, ALIGNMENT),
+            offset=round_up(end, ALIGNMENT) + phase,
             shape=each.shape,
             content=content,
             transposed=transposed and quantised,
@@ -192,7 +196,8 @@ def parse_parts(
 
 def _parse(entry: Any, shapes: Mapping[str, tuple[int, ...]]) -> Part:
     name, offset, shape = entry["name"], entry["offset"], tuple(entry["shape"])
-    if type(offset) is not int or offset < 0 or offset % ALIGNMENT or shape != shapes[name]:
+    step = DTYPES[entry["dtype"]].itemsize if "dtype" in entry else ALIGNMENT
+    if type(offset) is not int or offset < 0 or offset % step or shape != shapes[name]:
         raise ValueError(f"{name!r} cannot be {shape!r} at {offset!r}")
     if "rare" in entry:
         if type(entry["rare"]) is not int:

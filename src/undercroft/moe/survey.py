@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from undercroft.errors import UnsupportedModel
-from undercroft.models.checkpoint import StoredTensor
-from undercroft.models.recipe import Recipe, leaves, shape_of
+from undercroft.models.checkpoint import LINE, StoredTensor
+from undercroft.models.recipe import Recipe, Reshaped, Stored, leaves, shape_of
 from undercroft.models.tracing import trace
 from undercroft.moe.bank import Layer, Parameter
 from undercroft.moe.streamed import IMPLEMENTATION, expert_count, own_forward
@@ -88,4 +88,14 @@ def _parameters(
             stored=dtypes.pop(),
             dtype=tensor.dtype,
             recipe=recipe,
+            phase=_phase(recipe, tensor.dtype, stored),
         )
+
+
+def _phase(recipe: Recipe, dtype: torch.dtype, stored: Mapping[str, StoredTensor]) -> int:
+    """Of a parameter that is one tensor of the file, which transformers maps; what it makes begins at a multiple."""
+    while isinstance(recipe, Reshaped):
+        recipe = recipe.whole
+    if not isinstance(recipe, Stored) or stored[recipe.name].dtype is not dtype:
+        return 0
+    return (stored[recipe.name].phase + recipe.start) % LINE
