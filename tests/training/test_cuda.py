@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from undercroft import ActivationSpill
+from undercroft.store.slab import HUGE_PAGE, Slab
+from undercroft.training.carrier import CudaCarrier
 
 pytestmark = pytest.mark.gpu
 
@@ -61,3 +63,19 @@ def test_device_memory_falls(tmp_path: Path) -> None:
     with_spill = ActivationSpill(net, budget="16MiB", directory=tmp_path / "spill", min_bytes="64KiB")
     assert peak(with_spill) < 0.8 * plain
     with_spill.close()
+
+
+def test_a_copy_that_nobody_waits_for_keeps_its_memory() -> None:
+    ring, device = Slab(HUGE_PAGE), torch.device("cuda", torch.cuda.current_device())
+    carrier = CudaCarrier(device, ring)
+    sent = torch.ones(2**20, dtype=torch.uint8, device=device)
+    torch.cuda._sleep(200_000_000)
+    mark = carrier.mark()
+    parcel = carrier.send(sent.untyped_storage(), mark)
+    assert parcel is not None
+    assert not mark.query()
+    assert ring.leased == 2**20
+    del parcel
+    assert mark.query()
+    assert ring.leased == 0
+    ring.close()

@@ -85,6 +85,34 @@ class HostCarrier:
         """Nothing to order."""
 
 
+class Mark(Protocol):
+    """A point in the order of a device's work."""
+
+    def synchronize(self) -> None:
+        """Let the CPU wait until it is passed."""
+        ...
+
+
+class Copying:
+    """What a copy under way reads and writes: the last to let go of it waits until the copy is done.
+
+    A write that is cancelled before it began has nobody else who waits, and its part of the ring would be read into
+    while the copy still writes there.
+
+    Args:
+        copied: the end of the copy.
+        memory: that it reads and writes.
+    """
+
+    __slots__ = ("_copied", "_memory")
+
+    def __init__(self, copied: Mark, *memory: object) -> None:
+        self._copied, self._memory = copied, memory
+
+    def __del__(self) -> None:
+        self._copied.synchronize()
+
+
 class CudaCarrier:
     """For the memory of one GPU: copies on a side stream, through a ring of memory pinned once.
 
@@ -120,7 +148,7 @@ class CudaCarrier:
             copied.synchronize()
             check_size()
 
-        return Parcel(address=lease.address, keep=(lease, storage), before=before)
+        return Parcel(address=lease.address, keep=Copying(copied, lease, storage), before=before)
 
     def receive(self, lease: Lease, head: int, nbytes: int) -> torch.UntypedStorage:
         """Copy to the device and wait for it: this runs on an I/O thread, beside the computation."""
