@@ -10,6 +10,8 @@ from undercroft.store.disk import DiskFile
 from undercroft.store.slab import Slab
 from undercroft.store.transfer import Chunk, Priority, Transfer, TransferQueue
 from undercroft.training.carrier import Copying
+from undercroft.training.spill import _ring
+from undercroft.units import MIB
 
 BLOCK, PATIENCE = 4096, 30.0
 
@@ -50,4 +52,11 @@ def test_a_cancelled_write_keeps_the_memory_that_is_still_copied_to(tmp_path: Pa
         second.settle()
         assert ring.leased == 0
     os.close(fd)
+    ring.close()
+
+
+@pytest.mark.parametrize("budget", [1_000_000, 64 * MIB + 12_345])
+def test_pinned_memory_keeps_within_a_budget_of_any_size(budget: int) -> None:
+    ring = _ring(budget)
+    assert 0.96 * budget < ring.committed == ring.capacity <= budget
     ring.close()

@@ -49,6 +49,25 @@ def test_gradients_are_bit_identical(tmp_path: Path, delay: int, gds: bool) -> N
     spill.close()
 
 
+def test_beside_what_is_saved_on_the_cpu(tmp_path: Path) -> None:
+    """Such as a factor of no dimension; and the ring is of whole pages, of which the budget is not."""
+    x, factor = torch.randn(2048, 512, device="cuda"), torch.tensor(3.0)
+
+    def gradient(net: torch.nn.Module) -> torch.Tensor:
+        net.zero_grad()
+        (net(x) * factor).square().mean().backward()
+        return next(grad.clone() for each in net.parameters() if (grad := each.grad) is not None)
+
+    net = model()
+    plain = gradient(net)
+    spill = ActivationSpill(net, budget=16_000_000, directory=tmp_path / "spill", min_bytes="64KiB")
+    for _ in range(3):
+        with spill:
+            assert torch.equal(gradient(net), plain)
+    assert spill.report.spilled_nbytes > 0
+    spill.close()
+
+
 def test_device_memory_falls(tmp_path: Path) -> None:
     net = model()
 

@@ -321,8 +321,7 @@ class ActivationSpill:
         if device not in self._carriers and self._gds:
             self._carriers[device] = GdsCarrier(device, self._books)
         elif device not in self._carriers:
-            ring = Slab(self.budget, budget=self._books, holder="pinned ring")
-            self._carriers[device] = CudaCarrier(device, ring)
+            self._carriers[device] = CudaCarrier(device, _ring(self.budget))
         return self._carriers[device]
 
     def _hold(self, entry: Entry, storage: torch.UntypedStorage) -> None:
@@ -529,6 +528,17 @@ def _read_buffers(books: Budget, budget: int) -> Lender:
     if pool.install() is not None:
         return Blocks(books, capacity, holder)
     return Slab(capacity, budget=books, holder=holder, page=_page(budget))
+
+
+def _ring(budget: int) -> Slab:
+    """What a GPU's bytes pass through: pinned, and so all of it at once.
+
+    It has books of its own: in those of the host it would leave nothing for what is saved there.
+    """
+    page = HUGE_PAGE if budget >= 32 * HUGE_PAGE else BLOCK
+    return Slab(
+        budget // page * page, budget=Budget(host=budget), holder="pinned ring", prefault=True, page=page
+    )
 
 
 def _page(budget: int) -> int:
