@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from undercroft import ActivationSpill, CorruptRecord, SpillMisuse, TierFull, TransferFailed
+from undercroft.store.slab import Lease
+from undercroft.training.carrier import HostCarrier
 from undercroft.units import KIB, MIB
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -186,6 +188,37 @@ def test_training_goes_on_after_an_error(tmp_path: Path, spill) -> None:
     forward_and_harm(full, model, lambda: os.truncate(spill_file(tmp_path / "spill"), 0), CorruptRecord)
     model.zero_grad(set_to_none=True)
     assert same(train(full, model, batches()), train(nullcontext(), build(), batches()))
+
+
+class Crowded(HostCarrier):
+    """A device that has no room for some of what comes back, as a GPU has not where others use it too."""
+
+    def __init__(self, carrier: HostCarrier, first: int, count: int) -> None:
+        super().__init__(carrier.buffers)
+        self._refused, self._received = range(first, first + count), 0
+
+    def receive(self, lease: Lease, head: int, nbytes: int) -> torch.UntypedStorage:
+        self._received += 1
+        if self._received in self._refused:
+            raise torch.OutOfMemoryError("no room")
+        return super().receive(lease, head, nbytes)
+
+
+@pytest.mark.parametrize("first", [1, 8])
+def test_training_goes_on_after_a_device_had_no_room(tmp_path: Path, spill, first: int) -> None:
+    model, cpu = build(), torch.device("cpu")
+    full = spill(model, tmp_path / "spill", MIB)
+    full._carriers[cpu] = Crowded(full._carriers[cpu], first, 40)
+    with full:
+        loss = model(next(batches())).square().mean()
+        with pytest.raises(TransferFailed, match="no room"):
+            loss.backward()
+    full._carriers[cpu] = HostCarrier(full._carriers[cpu].buffers)
+    check_no_wrong_gradient(model)
+    del loss
+    model.zero_grad(set_to_none=True)
+    assert same(train(full, model, batches()), train(nullcontext(), build(), batches()))
+    assert not full._residency._moves
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

@@ -307,18 +307,26 @@ class Residency:
         return transfer
 
     def _read(self, entry: Entry, extent: Extent, lease: Lease, transfer: Transfer) -> None:
-        storage = entry.carrier.receive(lease, extent.head, extent.nbytes) if transfer.error is None else None
-        with self.lock:
-            self._end(transfer)
-            entry.reading = None
-            if storage is None:
-                self._release(entry)
-            elif entry in self._entries:
-                self._recorder.count("read_bytes", entry.nbytes)
-                self._forget_key(entry, entry.copy)
-                entry.held, entry.copy = storage, StorageRef(storage)
-                self._by_key.setdefault(entry.copy.key, []).append(entry)
-            self._discard(entry)
+        storage: torch.UntypedStorage | None = None
+        try:  # a device may have no room, whatever the budget says; that surfaces at `wait`
+            if transfer.error is None:
+                storage = entry.carrier.receive(lease, extent.head, extent.nbytes)
+        finally:
+            with self.lock:
+                self._arrived(entry, transfer, storage)
+
+    def _arrived(self, entry: Entry, transfer: Transfer, storage: torch.UntypedStorage | None) -> None:
+        """A read has ended, well if there is a storage."""
+        self._end(transfer)
+        entry.reading = None
+        if storage is None:
+            self._release(entry)
+        elif entry in self._entries:
+            self._recorder.count("read_bytes", entry.nbytes)
+            self._forget_key(entry, entry.copy)
+            entry.held, entry.copy = storage, StorageRef(storage)
+            self._by_key.setdefault(entry.copy.key, []).append(entry)
+        self._discard(entry)
 
     def _end(self, transfer: Transfer) -> None:
         del self._moves[transfer]
