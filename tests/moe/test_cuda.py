@@ -13,7 +13,7 @@ from tests.moe.test_exact import BANK, same
 from tests.moe.test_served import distance, heed_experts
 
 from undercroft.errors import InvalidInput, UnsupportedModel
-from undercroft.moe.carriage import CudaCarrier
+from undercroft.moe.carriage import CudaCarrier, send
 from undercroft.moe.device import find_device
 from undercroft.moe.governor import Governor
 from undercroft.moe.load import expert_report, load_moe
@@ -99,6 +99,17 @@ def test_a_copy_goes_on_beside_what_is_computed() -> None:
     assert (there == 7).all()
     del here, lease
     slab.close()
+
+
+def test_what_the_cpu_computed_is_sent_without_waiting_for_the_gpu() -> None:
+    device, found = torch.device("cuda", torch.cuda.current_device()), torch.arange(4096.0)
+    send(found, device)  # memory is pinned for the first time
+    torch.cuda.synchronize()
+    torch.cuda._sleep(LONG)
+    mark = CudaCarrier(device).mark()
+    there = send(found, device)
+    assert not mark.query()
+    assert torch.equal(there.cpu(), found)
 
 
 def test_slots_take_their_budget_and_no_more(checkpoint: Callable[..., Path]) -> None:

@@ -96,6 +96,14 @@ class HostCarrier:
         """Nothing to wait for."""
 
 
+def send(small: Tensor, device: torch.device) -> Tensor:
+    """A copy of something small on a device, for what is submitted to compute from now on.
+
+    `Tensor.to` alone would wait until all is done that was submitted before.
+    """
+    return small if device.type == "cpu" else small.pin_memory().to(device, non_blocking=True)
+
+
 class _CudaCarriage:
     """A copy on a stream."""
 

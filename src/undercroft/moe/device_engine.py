@@ -19,6 +19,7 @@ from torch import Tensor
 from undercroft.events import Recorder
 from undercroft.kernels import Block, Gated, feed_forwards
 from undercroft.kernels.linear import DTYPES
+from undercroft.moe.carriage import send
 from undercroft.moe.cooperate import Estimates
 from undercroft.moe.engine import Engine, ExpertReport, ExpertSource, ServedLayer, taken
 from undercroft.moe.importance import Importance
@@ -308,7 +309,7 @@ class DeviceService:
         began = time.perf_counter()
         found = self._products(arrived, near.x, feed_forward)
         computed = time.perf_counter()
-        found = found.to(device, near.x.dtype)
+        found = send(found.to(near.x.dtype), device)
         seconds = near.seconds + time.perf_counter() - computed
         stock = self._engine.stock
         nbytes = sum(stock.occupied(key) for key, _ in arrived)
