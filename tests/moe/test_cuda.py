@@ -12,7 +12,7 @@ from tests.moe.test_device import OPTIONS, SLOT, SLOTS, device_engine, logits
 from tests.moe.test_exact import BANK, same
 from tests.moe.test_served import distance, heed_experts
 
-from undercroft.errors import InvalidInput, UnsupportedModel
+from undercroft.errors import InvalidInput, TierFull, UnsupportedModel
 from undercroft.moe.carriage import CudaCarrier, send
 from undercroft.moe.device import find_device
 from undercroft.moe.governor import Governor
@@ -187,6 +187,11 @@ def test_it_stays_where_it_is(checkpoint: Callable[..., Path]) -> None:
     assert model.to("cuda") is model
     with pytest.raises(UnsupportedModel, match="load_moe"):
         model.to("cpu")
+
+
+def test_more_than_a_gpu_has_is_refused(checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(TierFull, match="give them a smaller device budget"):
+        load_moe(checkpoint(), BANK, device="cuda", device_budget="16TiB")
 
 
 def test_a_gpu_beyond_the_last_is_refused() -> None:

@@ -15,9 +15,9 @@ from tests.moe.test_exact import BANK, EXPERT, same
 from tests.moe.test_served import FAMILIES, distance, heed_experts
 from torch import Tensor
 
-from undercroft.errors import BudgetExceeded, InvalidInput
+from undercroft.errors import BudgetExceeded, InvalidInput, TierFull
 from undercroft.moe.carriage import Carriage, Done, HostCarrier, Mark
-from undercroft.moe.device import find_device, put_trunk
+from undercroft.moe.device import find_device, put_trunk, room_for
 from undercroft.moe.device_engine import DeviceEngine
 from undercroft.moe.governor import Governor
 from undercroft.moe.load import engine_of, expert_report, load_moe
@@ -263,6 +263,15 @@ def test_a_device_budget_below_one_expert_says_what_would_do(checkpoint: Callabl
 def test_a_device_that_is_not_there_is_refused(asked: str, said: str) -> None:
     with pytest.raises(InvalidInput, match=said):
         find_device(asked)
+
+
+def test_a_device_without_room_is_named_with_what_it_has_no_room_for() -> None:
+    said = "CUDA out of memory. Tried to allocate 9.00 GiB. If reserved but unallocated memory is large, …"
+    with (
+        pytest.raises(TierFull, match=r"^cuda:1 has no room for these; try fewer: .* 9\.00 GiB\.$"),
+        room_for("these", torch.device("cuda:1"), "try fewer"),
+    ):
+        raise torch.OutOfMemoryError(said)
 
 
 def test_the_cpu_is_a_device() -> None:

@@ -5,12 +5,15 @@ It knows devices; not experts' bytes or who serves them. Invariant: what is retu
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from undercroft.errors import InvalidInput
+from undercroft.errors import InvalidInput, TierFull
 from undercroft.moe.carriage import Carrier, CudaCarrier, HostCarrier
 from undercroft.units import parse_size
 
@@ -45,14 +48,33 @@ def find_device(asked: str | torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
+@contextmanager
+def room_for(what: str, device: torch.device, hint: str) -> Generator[None]:
+    """Around what takes memory of a device.
+
+    Raises:
+        TierFull: it has not that much.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = str(error).partition(" If reserved")[0]
+        raise TierFull(f"{device} has no room for {what}; {hint}: {said}", errno=errno.ENOMEM) from error
+
+
 def put_trunk(model: nn.Module, device: torch.device) -> None:
-    """Move all of a model that is not meta, its buffers included; weights that are shared stay shared."""
+    """Move all of a model that is not meta, its buffers included; weights that are shared stay shared.
+
+    Raises:
+        TierFull: the device has no room for them.
+    """
 
     def moved(tensor: Tensor) -> Tensor:
         return tensor if tensor.is_meta else tensor.to(device)
 
     unbound: Any = nn.Module
-    unbound._apply(model, moved)
+    with room_for("the weights that are no experts", device, "they must all be there"):
+        unbound._apply(model, moved)
 
 
 def slots_nbytes(asked: int | str | None, device: torch.device, *, most: int, aside: int) -> int | None:

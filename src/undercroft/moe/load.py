@@ -28,7 +28,7 @@ from undercroft.moe.bank import Layer
 from undercroft.moe.beneath import Beneath
 from undercroft.moe.cooperate import Estimates
 from undercroft.moe.copies import check_served
-from undercroft.moe.device import carrier_to, find_device, put_trunk, slots_nbytes
+from undercroft.moe.device import carrier_to, find_device, put_trunk, room_for, slots_nbytes
 from undercroft.moe.device_engine import DeviceEngine
 from undercroft.moe.engine import Engine, ExpertReport, ExpertSource, ServedLayer
 from undercroft.moe.foresight import look_ahead
@@ -52,7 +52,7 @@ from undercroft.store.disk import Syscalls
 from undercroft.store.ranges import BLOCK, round_up
 from undercroft.store.slab import HUGE_PAGE, Slab
 from undercroft.store.transfer import TransferQueue
-from undercroft.units import parse_size
+from undercroft.units import format_size, parse_size
 
 _ENGINE = "_undercroft_engine"
 _WORKSHOP = "experts as they are computed with"
@@ -107,6 +107,7 @@ def load_moe(
         UnsupportedModel: the model has no experts, or its family's code does not let them be streamed.
         CorruptRecord: a file contradicts itself.
         BudgetExceeded: the budget does not hold one expert, or, from a forward, none beside the KV cache.
+        TierFull: the device has no room for the other weights, or for `device_budget`.
     """
     wanted = quality if isinstance(quality, Quality) else Quality.preset(quality)
     where = find_device(device)
@@ -345,8 +346,9 @@ def _device_engine(
     opened: ExitStack,
 ) -> DeviceEngine:
     experts, stock, quality, policy = serving
-    estimates = Estimates()
-    slots = Slots(room, stock, make_policy(policy, stock), carrier_to(device), estimates.note_move)
+    estimates, above = Estimates(), make_policy(policy, stock)
+    with room_for(f"{format_size(room)} of experts", device, "give them a smaller device budget"):
+        slots = Slots(room, stock, above, carrier_to(device), estimates.note_move)
     leaving = Beneath(make_policy(policy, stock), slots, stock)
     slab, cache, recorder = memory(leaving)
     opened.callback(slots.settle)  # before the memory is given back that copies are made of
