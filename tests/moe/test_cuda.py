@@ -78,7 +78,7 @@ def test_a_late_stream_changes_no_number(checkpoint: Callable[..., Path], late: 
 def test_a_copy_goes_on_beside_what_is_computed() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     carrier, slab = CudaCarrier(device), Slab(2**21)
-    slab.register_cuda()
+    slab.register_cuda(device)
     lease = slab.lease(2**20)
     assert lease is not None
     here = torch.empty(0, dtype=torch.uint8).set_(lease.storage(0, 2**20))

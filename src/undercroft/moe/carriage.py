@@ -141,7 +141,7 @@ class CudaCarrier:
 
     def carry(self, pieces: Sequence[tuple[Tensor, Tensor]], after: Iterable[Mark]) -> _CudaCarriage:
         """See `Carrier`."""
-        with torch.cuda.stream(self._side):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._side):
             for mark in after:
                 assert isinstance(mark, torch.cuda.Event)
                 self._side.wait_event(mark)

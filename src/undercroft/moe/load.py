@@ -355,7 +355,7 @@ def _device_engine(
     workshop = None if isinstance(experts, IndexedExperts) else experts.workshop
     for each in (slab, workshop):
         if device.type == "cuda" and isinstance(each, Slab):
-            each.register_cuda()
+            each.register_cuda(device)
     return DeviceEngine(
         experts,
         stock,

@@ -145,7 +145,7 @@ class Slab:
         _advise(self._map)
         self._address = _address(self._map) + self._base
         self._bytes = memoryview(self._map)  # leases hold it: a mapping is not unmapped under a view
-        self._registered = False
+        self._registered: torch.device | None = None
         self._closed = False
         if prefault:
             self._prefault()
@@ -188,8 +188,11 @@ class Slab:
             self._collect()
             return self._trim()
 
-    def register_cuda(self) -> None:
+    def register_cuda(self, device: torch.device) -> None:
         """Pin the whole slab for CUDA, once: `pin_memory()` would round every buffer up to a power of two.
+
+        Args:
+            device: a GPU that is used anyhow: to pin makes a context on one, which takes some of its memory.
 
         Raises:
             BudgetExceeded: not everything is committed yet and the budget does not allow it.
@@ -198,16 +201,18 @@ class Slab:
         if self._registered:
             return
         self._prefault()
-        _cuda_check(_cuda_runtime().cudaHostRegister(self._address, self.capacity, 0))
-        self._registered = True
+        with torch.cuda.device(device):
+            _cuda_check(_cuda_runtime().cudaHostRegister(self._address, self.capacity, 0))
+        self._registered = device
 
     def close(self) -> None:
         """Return the memory. Leases still alive keep theirs, and only theirs stays reserved, until they die."""
         self._closed = True
         self.trim()
         if self._registered:
-            _cuda_check(_cuda_runtime().cudaHostUnregister(self._address))
-            self._registered = False
+            with torch.cuda.device(self._registered):
+                _cuda_check(_cuda_runtime().cudaHostUnregister(self._address))
+            self._registered = None
             self.trim()
         self._bytes = memoryview(b"")
         with suppress(BufferError):  # a live lease holds the mapping; the last one to die unmaps it

@@ -126,7 +126,7 @@ class CudaCarrier:
     def __init__(self, device: torch.device, ring: Slab) -> None:
         self.buffers: Lender = ring
         self._device = device
-        ring.register_cuda()
+        ring.register_cuda(device)
         self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def mark(self) -> torch.cuda.Event:
@@ -138,7 +138,7 @@ class CudaCarrier:
         lease = self.buffers.lease(storage.nbytes())
         if lease is None:
             return None
-        with torch.cuda.stream(self._out):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._out):
             self._out.wait_event(mark)
             _bytes(lease.storage(0, storage.nbytes())).copy_(_bytes(storage), non_blocking=True)
             copied = _now(self._device)
@@ -152,7 +152,7 @@ class CudaCarrier:
 
     def receive(self, lease: Lease, head: int, nbytes: int) -> torch.UntypedStorage:
         """Copy to the device and wait for it: this runs on an I/O thread, beside the computation."""
-        with torch.cuda.stream(self._in):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._in):
             arrived = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
             arrived.copy_(_bytes(lease.storage(head, nbytes)), non_blocking=True)
             _now(self._device).synchronize()
@@ -194,7 +194,7 @@ class GdsCarrier:
 
     def receive(self, lease: Lease, head: int, nbytes: int) -> torch.UntypedStorage:
         """Copy from the blocks to a storage of the exact size, and wait for it: this runs on an I/O thread."""
-        with torch.cuda.stream(self._in):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._in):
             blocks = torch.as_tensor(DeviceBytes(lease.address + head, nbytes), device=self._device)
             arrived = blocks.clone()
             _now(self._device).synchronize()
