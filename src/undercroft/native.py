@@ -31,7 +31,7 @@ def library(
     places: Sequence[str] = (),
     made_for: str = "",
 ) -> Path:
-    """Where a compiled source lies, compiled first if need be, in some ten seconds.
+    """Where a compiled source lies, compiled first if need be, in some twenty seconds.
 
     Args:
         source: one file of C++20; the library bears its name.

@@ -66,6 +66,7 @@ def test_the_verb_prints_numbers_or_a_table(trace: Path) -> None:
     table = run(*options)
     assert table.returncode == 0
     assert f"{ours['hit_rate']:.1%}" in table.stdout
+    assert "tokens/s at" in table.stdout
 
 
 @pytest.mark.parametrize(

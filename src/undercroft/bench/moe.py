@@ -19,7 +19,7 @@ from undercroft.moe.policies import ONLINE
 from undercroft.moe.simulate import LOW_SHARE, simulate
 from undercroft.moe.simulation import Simulation
 from undercroft.moe.trace import Trace
-from undercroft.units import format_size
+from undercroft.units import format_rate, format_size
 
 BUDGETS = ("6%", "12.5%", "25%", "50%")
 BOUND = "belady"
@@ -86,7 +86,7 @@ def measure_moe(settings: MoeSettings, progress: Progress) -> Answer:
         head=("budget", "policy", "hits", "MB/token", "tokens/s", "low mass", "skipped mass"),
         rows=tuple(_row(budget, each) for (budget, _), each in found.items()),
         lines=tuple(_lines(found, settings.budgets, policies)),
-        notes=(_note(trace, found),),
+        notes=(_note(trace, found), *_assumed(settings)),
         figures={"simulations": [_figures(budget, each) for (budget, _), each in found.items()]},
     )
 
@@ -160,6 +160,14 @@ def _note(trace: Trace, found: Found) -> str:
         f"{format_size(any_found.stock_nbytes)} in all; {any_found.decode_tokens} decoded tokens. "
         f"Hits and bytes are of decoding; {BOUND} knows the future and serves in full precision."
     )
+
+
+def _assumed(settings: MoeSettings) -> Iterator[str]:
+    if (rate := settings.read_bytes_per_second) is not None:
+        yield (
+            f"tokens/s at {format_rate(rate)}, {1e3 * settings.seconds_per_token:g} ms a token besides, and "
+            f"{1e6 * settings.compute_seconds_per_expert:g} us an expert while others are read."
+        )
 
 
 def _figures(budget: str, found: Simulation) -> dict[str, Any]:

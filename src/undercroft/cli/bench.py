@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from undercroft import machine
 from undercroft.units import parse_size
 
 if TYPE_CHECKING:
@@ -139,7 +140,11 @@ def moe(
     ] = 1.0,
     low_share: Annotated[float, typer.Option(help="Bytes of a low copy for each of these.")] = 0.28,
     read_rate: Annotated[
-        str | None, typer.Option(help='Bytes read per second, like "1.7GB", to predict tokens per second.')
+        str | None,
+        typer.Option(
+            help='Bytes read per second, like "1.7GB", to predict tokens per second.',
+            show_default="as doctor finds here",
+        ),
     ] = None,
     results: Results = None,
     as_json: AsJson = False,
@@ -148,6 +153,7 @@ def moe(
     """Simulate which experts a budget keeps in memory, from a trace of their routing; or record such a trace."""
     from undercroft.bench.moe import BUDGETS, MoeSettings, measure_moe
     from undercroft.moe.policies import ONLINE
+    from undercroft.store.probe import disk_rates
 
     if trace is not None and model is not None and simulate is None:
         _record(model, trace, prompts, tokens, budget or ["2GiB"], quality, as_json=as_json)
@@ -162,7 +168,7 @@ def moe(
         expert_nbytes=None if expert_bytes is None else parse_size(expert_bytes),
         high_share=high_share,
         low_share=low_share,
-        read_bytes_per_second=None if read_rate is None else parse_size(read_rate),
+        read_bytes_per_second=parse_size(read_rate) if read_rate else disk_rates(machine.home()).read,
     )
     _tell([measure_moe(settings, _progress)], results, as_json=as_json, strict=strict)
 

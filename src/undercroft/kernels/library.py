@@ -153,7 +153,7 @@ class Library:
 def load() -> Library | None:
     """The native kernels; None where they cannot be compiled.
 
-    The first call on a machine compiles them, in some ten seconds; later ones load what is in Undercroft's home.
+    The first call on a machine compiles them, in some twenty seconds; later ones load what is in Undercroft's home.
     """
     library = compiled("linear", "tile.inc")
     return None if library is None else Library(library)

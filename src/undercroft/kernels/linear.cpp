@@ -17,6 +17,8 @@
 namespace {
 
 constexpr int kBlockRows = 32;
+constexpr int kLeastGroup = 32;  // columns; every group is a multiple
+constexpr int kLine = 64;        // bytes
 constexpr int kTileRows = 8;  // rows of activations that share one pass over a block
 constexpr int64_t kPanelBytes = 256 << 10;  // activation codes that stay in the second-level cache
 constexpr int64_t kPiece = 1024;         // activations, of whole groups, that are loaded before they are quantised
@@ -34,11 +36,17 @@ struct Matrix {
   int64_t group, rows, columns, groups;
 };
 
+// Rows of activations, in tiles of about as many rows each. Within a tile, what the loops take together lies together.
 struct Activations {
-  std::unique_ptr<int8_t[]> codes;  // [rows, columns]
-  std::unique_ptr<Group[]> groups;  // [rows, groups]
+  std::unique_ptr<int8_t[]> codes;  // of each tile: [columns / 4, its rows, 4]
+  std::unique_ptr<Group[]> groups;  // of each tile: [groups, its rows]
+  int64_t rows, tiles;
   Activations(int64_t rows, const Matrix& w)
-      : codes(new int8_t[rows * w.columns]), groups(new Group[rows * w.groups]) {}
+      : codes(new int8_t[rows * w.columns]),
+        groups(new Group[rows * w.groups]),
+        rows(rows),
+        tiles((rows + kTileRows - 1) / kTileRows) {}
+  int64_t first_of(int64_t tile) const { return rows * tile / tiles; }
 };
 
 // A gated feed-forward block, as kernels/block.py lays it out. Levels, where there are any, are how many times what
@@ -67,18 +75,21 @@ struct Loops {
 #define LOOPS "tile.inc"
 #include "dispatch.inc"
 
-// Of one row; fill(column, count, values) writes some of its activations as float. Many at a time: what was only just
-// stored cannot be loaded in larger pieces without a wait.
+// Of row m of the M rows of a tile that begins at `first`; fill(column, count, values) writes some of its activations as
+// float. Many at a time: what was only just stored cannot be loaded in larger pieces without a wait.
 template <class Fill>
-void quantise_row(const Loops& loops, Activations& x, int64_t row, const Matrix& w, const Fill& fill) {
+void quantise_row(const Loops& loops, Activations& x, int64_t first, int64_t M, int64_t m, const Matrix& w,
+                  const Fill& fill) {
   float values[kPiece];
-  for (int64_t first = 0; first < w.columns; first += kPiece) {
-    const int64_t count = std::min(kPiece, w.columns - first);
-    fill(first, count, values);
-    for (int64_t at = 0; at < count; at += w.group) {
-      int8_t* codes = x.codes.get() + row * w.columns + first + at;
-      x.groups[row * w.groups + (first + at) / w.group] = loops.quantise(values + at, w.group, codes);
-    }
+  int8_t codes[kPiece];
+  Group* groups = x.groups.get() + first * w.groups + m;
+  for (int64_t begin = 0; begin < w.columns; begin += kPiece) {
+    const int64_t count = std::min(kPiece, w.columns - begin);
+    fill(begin, count, values);
+    int8_t* const to = x.codes.get() + first * w.columns + begin * M + 4 * m;
+    for (int64_t at = 0; at < count; at += w.group, groups += M)
+      *groups = loops.quantise(values + at, w.group, M == 1 ? to + at : codes + at);
+    for (int64_t at = 0; M > 1 && at < count; at += 4) std::memcpy(to + at * M, codes + at, 4);
   }
 }
 
@@ -86,9 +97,11 @@ void quantise_row(const Loops& loops, Activations& x, int64_t row, const Matrix&
 template <class Fill>
 Activations quantise(const Loops& loops, int threads, int64_t rows, const Matrix& w, const Fill& fill) {
   Activations x(rows, w);
-  in_parallel(team(threads, rows * w.columns), rows, [&](int64_t row) {
-    quantise_row(loops, x, row, w,
-                 [&](int64_t column, int64_t count, float* values) { fill(row, column, count, values); });
+  in_parallel(team(threads, rows * w.columns), x.tiles, [&](int64_t tile) {
+    const int64_t first = x.first_of(tile), M = x.first_of(tile + 1) - first;
+    for (int64_t m = 0; m < M; m++)
+      quantise_row(loops, x, first, M, m, w,
+                   [&](int64_t column, int64_t count, float* values) { fill(first + m, column, count, values); });
   });
   return x;
 }
@@ -99,21 +112,20 @@ void emit(const Loops&, const float* values, int64_t count, float* out) { std::c
 void emit(const Loops& loops, const float* values, int64_t count, uint16_t* out) { loops.emit(values, count, out); }
 
 template <class Out>
-void multiply(const Loops& loops, int threads, int64_t rows, const Activations& x, const Matrix& w, Out* out) {
+void multiply(const Loops& loops, int threads, const Activations& x, const Matrix& w, Out* out) {
   const int64_t blocks = blocks_of(w), block_nbytes = group_nbytes(w.bits, w.group) * w.groups;
-  const int64_t panel = std::clamp<int64_t>(kPanelBytes / w.columns, 1, 16) * kTileRows;
-  const int64_t panels = (rows + panel - 1) / panel;
+  const int64_t panel = std::clamp<int64_t>(kPanelBytes / w.columns / kTileRows, 1, 16);  // tiles of a task
+  const int64_t panels = (x.tiles + panel - 1) / panel;
   const int64_t share = std::clamp<int64_t>(blocks / (threads * 2), 1, 16);  // blocks of a task
   const int64_t shares = (blocks + share - 1) / share;
-  in_parallel(team(threads, rows * w.rows * w.columns), panels * shares, [&](int64_t task) {
+  in_parallel(team(threads, x.rows * w.rows * w.columns), panels * shares, [&](int64_t task) {
     float sums[kTileRows * kBlockRows];
-    const int64_t begin = task / shares * panel, end = std::min(begin + panel, rows);
+    const int64_t begin = task / shares * panel, end = std::min(begin + panel, x.tiles);
     const int64_t first = task % shares * share, last = std::min(first + share, blocks);
     for (int64_t block = first; block < last; block++) {
       const int64_t column = block * kBlockRows, width = std::min<int64_t>(kBlockRows, w.rows - column);
-      for (int64_t row = begin, next; row < end; row = next) {
-        const int64_t tiles = (end - row + kTileRows - 1) / kTileRows;
-        next = row + (end - row + tiles - 1) / tiles;
+      for (int64_t tile = begin; tile < end; tile++) {
+        const int64_t row = x.first_of(tile), next = x.first_of(tile + 1);
         loops.tile(w.bits, next - row)(w.packed + block * block_nbytes, w, x, row, sums);
         for (int64_t m = row; m < next; m++) emit(loops, sums + (m - row) * kBlockRows, width, out + m * w.rows + column);
       }
@@ -155,12 +167,11 @@ Activations quantise_gated(const Loops& loops, int threads, int64_t rows, const 
   });
 }
 
-void multiply_into(const Loops& loops, int threads, int64_t rows, const Activations& x, const Matrix& w, void* out,
-                   bool bf16) {
+void multiply_into(const Loops& loops, int threads, const Activations& x, const Matrix& w, void* out, bool bf16) {
   if (bf16)
-    multiply(loops, threads, rows, x, w, static_cast<uint16_t*>(out));
+    multiply(loops, threads, x, w, static_cast<uint16_t*>(out));
   else
-    multiply(loops, threads, rows, x, w, static_cast<float*>(out));
+    multiply(loops, threads, x, w, static_cast<float*>(out));
 }
 
 Matrix matrix(const uint8_t* packed, int bits, int64_t group, int64_t rows, int64_t columns) {
@@ -199,14 +210,14 @@ void feed(const Loops& loops, int threads, bool bf16, int64_t count, int64_t wid
   }
   const std::unique_ptr<float[]> hidden(new float[count * 2 * inner]);
   in_parallel(team(threads, count * width), count, [&](int64_t i) {
-    quantise_row(loops, first.inputs[i], 0, first.weights[i], [&](int64_t column, int64_t n, float* values) {
+    quantise_row(loops, first.inputs[i], 0, 1, 0, first.weights[i], [&](int64_t column, int64_t n, float* values) {
       load_input(x, bf16, column, n, values);
       level(blocks[i].gate_up_levels, column, n, values);
     });
   });
   first.multiply(loops, threads, hidden.get());
   in_parallel(team(threads, count * 16 * inner), count, [&](int64_t i) {  // an exponential costs as much as many products
-    quantise_row(loops, second.inputs[i], 0, second.weights[i], [&](int64_t column, int64_t n, float* values) {
+    quantise_row(loops, second.inputs[i], 0, 1, 0, second.weights[i], [&](int64_t column, int64_t n, float* values) {
       load_gated(hidden.get() + i * 2 * inner, inner, column, n, values);
       level(blocks[i].down_levels, column, n, values);
     });
@@ -255,7 +266,7 @@ bool undercroft_kernels_linear(int instructions, int threads, bool bf16, int64_t
                                const uint8_t* packed, int bits, int64_t group, int64_t outputs, void* out) try {
   const Loops& loops = loops_of(instructions);
   const Matrix w = matrix(packed, bits, group, outputs, columns);
-  multiply_into(loops, threads, rows, quantise_input(loops, threads, rows, w, x, bf16), w, out, bf16);
+  multiply_into(loops, threads, quantise_input(loops, threads, rows, w, x, bf16), w, out, bf16);
   return true;
 } catch (const std::bad_alloc&) {
   return false;
@@ -269,8 +280,8 @@ bool undercroft_kernels_expert(int instructions, int threads, bool bf16, int64_t
   const Matrix first = matrix(gate_up, bits, group, 2 * inner, width);
   const Matrix second = matrix(down, down_bits, down_group, width, inner);
   const std::unique_ptr<float[]> hidden(new float[rows * 2 * inner]);
-  multiply(loops, threads, rows, quantise_input(loops, threads, rows, first, x, bf16), first, hidden.get());
-  multiply_into(loops, threads, rows, quantise_gated(loops, threads, rows, second, hidden.get()), second, out, bf16);
+  multiply(loops, threads, quantise_input(loops, threads, rows, first, x, bf16), first, hidden.get());
+  multiply_into(loops, threads, quantise_gated(loops, threads, rows, second, hidden.get()), second, out, bf16);
   return true;
 } catch (const std::bad_alloc&) {
   return false;

@@ -60,7 +60,7 @@ using Bytes = __m512i;
 using Quad = __m512i;
 using Ints = __m512i;
 using Floats = __m512;
-constexpr int kLanes = 16, kVectors = 2;
+constexpr int kLanes = 16, kVectorsOfMany = 2;
 constexpr bool kOffset8 = true;
 TARGET inline Floats floats(float value) { return _mm512_set1_ps(value); }
 TARGET inline Ints ints(int32_t value) { return _mm512_set1_epi32(value); }
@@ -74,6 +74,16 @@ template <int BITS>
 TARGET inline Bytes field(Bytes raw, int shift) {
   if (BITS == 8) return _mm512_xor_si512(raw, _mm512_set1_epi8(-128));
   return _mm512_and_si512(_mm512_srli_epi16(raw, shift), _mm512_set1_epi8((1 << BITS) - 1));
+}
+template <int BITS>
+using Partial = Ints;
+template <int BITS>
+TARGET inline Ints begin(Ints sum) {
+  return sum;
+}
+template <int BITS>
+TARGET inline Ints end(Ints, Ints partial) {
+  return partial;
 }
 template <int BITS>
 TARGET inline Ints dot_product(Ints sum, Bytes weights, Quad four) {
@@ -96,7 +106,7 @@ using Bytes = __m256i;
 using Quad = __m256i;
 using Ints = __m256i;
 using Floats = __m256;
-constexpr int kLanes = 8, kVectors = 2;
+constexpr int kLanes = 8, kVectorsOfMany = 1;
 constexpr bool kOffset8 = false;
 TARGET inline Floats floats(float value) { return _mm256_set1_ps(value); }
 TARGET inline Ints ints(int32_t value) { return _mm256_set1_epi32(value); }
@@ -111,12 +121,25 @@ TARGET inline Bytes field(Bytes raw, int shift) {
   if (BITS == 8) return raw;
   return _mm256_and_si256(_mm256_srli_epi16(raw, shift), _mm256_set1_epi8((1 << BITS) - 1));
 }
-// Pairs of products are added in 16 bits: at most 2 * 128 * 127 in magnitude, so nothing saturates.
+// Pairs of products are added in 16 bits: at most 2 * 127 * 127 in magnitude. Those of few bits are at most 2 * 15 * 127,
+// so that the eight pairs of a column of kLeastGroup columns have room there too; nothing saturates.
 template <int BITS>
-TARGET inline Ints dot_product(Ints sum, Bytes weights, Quad four) {
-  const __m256i pairs = BITS == 8 ? _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(four, weights))
-                                  : _mm256_maddubs_epi16(weights, four);
+using Partial = __m256i;
+template <int BITS>
+TARGET inline Partial<BITS> begin(Ints sum) {
+  return BITS == 8 ? sum : _mm256_setzero_si256();
+}
+TARGET inline Ints add_pairs(Ints sum, __m256i pairs) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+template <int BITS>
+TARGET inline Ints end(Ints sum, Partial<BITS> partial) {
+  return BITS == 8 ? partial : add_pairs(sum, partial);
+}
+template <int BITS>
+TARGET inline Partial<BITS> dot_product(Partial<BITS> sum, Bytes weights, Quad four) {
+  if (BITS != 8) return _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, four));
+  return add_pairs(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(four, weights)));
 }
 TARGET inline Floats to_floats(Ints values) { return _mm256_cvtepi32_ps(values); }
 TARGET inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
@@ -131,7 +154,7 @@ TARGET inline void store(float* at, Floats values) { _mm256_storeu_ps(at, values
 #endif
 
 namespace portable {
-constexpr int kLanes = 16, kVectors = 1;
+constexpr int kLanes = 16, kVectorsOfMany = 1;
 constexpr bool kOffset8 = false;
 struct Bytes {
   uint8_t lane[4 * kLanes];
@@ -167,6 +190,16 @@ template <int BITS>
 inline Bytes field(Bytes raw, int shift) {
   for (uint8_t& lane : raw.lane) lane = (lane >> shift) & ((1 << BITS) - 1);
   return raw;
+}
+template <int BITS>
+using Partial = Ints;
+template <int BITS>
+inline Ints begin(Ints sum) {
+  return sum;
+}
+template <int BITS>
+inline Ints end(Ints, Ints partial) {
+  return partial;
 }
 template <int BITS>
 inline Ints dot_product(Ints sum, Bytes weights, Quad four) {
