@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -62,12 +63,14 @@ class ServedLayer:
         experts: how many.
         dtypes: of each of their parameters in the model.
         gated: their sizes, where they are `Block`s.
+        is_usual: one token goes through `outputs` or `blocks`; other forwards may keep what they are given for longer.
     """
 
     number: int
     experts: int
     dtypes: Mapping[str, torch.dtype]
     gated: Gated | None = None
+    is_usual: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +157,8 @@ class Engine:
         self._order = ServingOrder(stock, quality, policy)
         self.is_exact = not quality.degrades
         self._hints = Hints(stock, cache, policy, recorder)
+        # By the lease that an expert is kept by, not by one that pins it: so what was made of it goes when it leaves.
+        self._opened: WeakKeyDictionary[Lease, tuple[Key, Mapping[str, Tensor]]] = WeakKeyDictionary()
         largest = max((*stock.high_nbytes, *stock.low_nbytes))
         if cache.budget < largest:
             raise BudgetExceeded(largest, cache.budget, least=largest)
@@ -222,6 +227,16 @@ class Engine:
         """An expert's parameters as the model takes them, over a lease that holds it."""
         return taken(self._source.parameters(key, lease), layer)
 
+    def view(self, layer: ServedLayer, key: Key, lease: Lease) -> Mapping[str, Tensor]:
+        """The same, for as long as the lease lives and no longer; views of its bytes are made once while it stays."""
+        known = self._opened.get(lease.first)
+        if known is not None and known[0] == key:  # what leaves hands its room on
+            return known[1]
+        opened = self.open(layer, key, lease.first)
+        if all(type(each) is Tensor and _is_in(lease, each) for each in opened.values()):
+            self._opened[lease.first] = (key, opened)
+        return opened
+
     def block(self, key: Key, lease: Lease) -> Block:
         """An expert as the kernels take it, for as long as the lease lives."""
         return self._source.block(key, lease)
@@ -265,9 +280,9 @@ class LayerService:
         self._held: dict[Key, Lease] = {}
         self._at = -1
         self._parameters: Mapping[str, Tensor] = {}
-        # What `blocks` gives does not outlive this object, so one pin may do for all, where all are there.
+        # What `outputs` and `blocks` use does not outlive this object, so one pin may do for all, where all are there.
         keys = list(self._keys.values())
-        self._hold = engine.cache.hold(keys) if is_token and layer.gated is not None else None
+        self._hold = engine.cache.hold(keys) if is_token and layer.is_usual else None
         if self._hold is None:
             self._begin()
         else:
@@ -288,7 +303,7 @@ class LayerService:
                 arrived.reverse()
                 while arrived:
                     key, lease = arrived.pop()
-                    out = feed_forward(x, self._engine.open(self._layer, key, lease))
+                    out = feed_forward(x, self._engine.view(self._layer, key, lease))
                     del lease
                     yield places[key].expert, out
             if not self._begin():
@@ -352,6 +367,10 @@ class LayerService:
             return None
         key, self._held[arrived[0]] = arrived
         return key
+
+
+def _is_in(lease: Lease, tensor: Tensor) -> bool:
+    return 0 <= tensor.data_ptr() - lease.address < lease.nbytes
 
 
 def taken(found: Mapping[str, Tensor | PackedMatrix], layer: ServedLayer) -> dict[str, Tensor]:

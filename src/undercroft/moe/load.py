@@ -44,7 +44,7 @@ from undercroft.moe.policies import make_policy
 from undercroft.moe.quality import Quality
 from undercroft.moe.slots import Slots
 from undercroft.moe.stock import Stock
-from undercroft.moe.streamed import IMPLEMENTATION, attach, places, refuse_wrapped
+from undercroft.moe.streamed import IMPLEMENTATION, attach, is_usual, own_forward, places, refuse_wrapped
 from undercroft.moe.survey import survey
 from undercroft.store.budget import Budget
 from undercroft.store.cache import RecordCache
@@ -263,7 +263,13 @@ def _tell(
 def _served(source: ExpertSource, layer: Layer | PackedLayer, module: Any) -> ServedLayer:
     dtypes = {name: weight.dtype for name, weight in module.named_parameters(recurse=False)}
     number = layer.number
-    return ServedLayer(number=number, experts=layer.experts, dtypes=dtypes, gated=source.gated(number))
+    return ServedLayer(
+        number=number,
+        experts=layer.experts,
+        dtypes=dtypes,
+        gated=source.gated(number),
+        is_usual=is_usual(own_forward(module)),
+    )
 
 
 def _dense(

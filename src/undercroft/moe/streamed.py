@@ -181,7 +181,7 @@ def streamed_forward(module: torch.nn.Module, hidden: Tensor, chosen: Tensor, we
     assert forward is not None
     routed = chosen.cpu()  # where a device computes, the one time in a layer that the CPU waits for it
     service = serve(routed, weights)
-    if len(chosen) == 1 and _is_usual(forward):
+    if len(chosen) == 1 and is_usual(forward):
         return _one_token(module, service, hidden, routed, weights)
     if service.skipped:
         chosen, weights = _without(chosen, weights, list(service.skipped))
@@ -201,8 +201,8 @@ def _without(chosen: Tensor, weights: Tensor, skipped: list[int]) -> tuple[Tenso
 
 
 @cache
-def _is_usual(forward: Any) -> bool:
-    """Whether a family's forward is, instruction by instruction, Mixtral's, as most families' is."""
+def is_usual(forward: Any) -> bool:
+    """Whether a family's own forward is, instruction by instruction, Mixtral's, as most families' is."""
     return alike(forward, _USUAL)
 
 

@@ -60,11 +60,16 @@ class Lease:
         nbytes: how many there are, a multiple of 4096.
     """
 
-    __slots__ = ("_claim", "address", "nbytes")
+    __slots__ = ("__weakref__", "_claim", "_pinned", "address", "nbytes")
 
-    def __init__(self, claim: Claim) -> None:
-        self._claim = claim
+    def __init__(self, claim: Claim, pinned: Lease | None = None) -> None:
+        self._claim, self._pinned = claim, pinned
         self.address, self.nbytes = claim.address, claim.nbytes
+
+    @property
+    def first(self) -> Lease:
+        """The lease of the same bytes that is no pin of another."""
+        return self._pinned or self
 
     def storage(self, offset: int, nbytes: int) -> torch.UntypedStorage:
         """A storage of exactly `nbytes` over the lease's bytes from `offset` on; it keeps the lease alive."""
@@ -78,7 +83,7 @@ class Lease:
             on_unpin: called when that lease and every storage made of it are gone, in the middle of any other
                 call of any thread: it may take no lock.
         """
-        return Lease(Claim(self.address, self.nbytes, self._claim, on_unpin))
+        return Lease(Claim(self.address, self.nbytes, self._claim, on_unpin), self.first)
 
 
 class Lender(Protocol):
