@@ -31,7 +31,7 @@ from undercroft.store.ranges import BLOCK, round_up
 from undercroft.store.record import Key, Record
 from undercroft.store.records import RecordSource
 from undercroft.store.slab import Lease
-from undercroft.store.transfer import CHUNK, Chunk
+from undercroft.store.transfer import Chunk, cut
 
 KIND = "stored"
 """The kind of these records: each expert as the checkpoint has it."""
@@ -231,9 +231,9 @@ class IndexedExperts:
 
     def _chunks(self, record: Record, address: int) -> Iterator[Chunk]:
         for window in self._experts[record.key].windows:
-            for start in range(0, window.nbytes, CHUNK):
-                memory = (address + window.place + start, min(CHUNK, window.nbytes - start))
-                need = min(CHUNK, window.need - start)
+            for start, nbytes in cut(window.nbytes):
+                memory = (address + window.place + start, nbytes)
+                need = min(nbytes, window.need - start)
                 yield Chunk(self._files[window.file], window.offset + start, (memory,), need, memory)
 
     def _put_in_order(self, expert: Expert, address: int) -> None:

@@ -24,7 +24,7 @@ from undercroft.store.disk import DiskFile, Iovec, Syscalls, open_file
 from undercroft.store.index import RecordIndex, index_path
 from undercroft.store.record import Key, Record
 from undercroft.store.slab import Lease
-from undercroft.store.transfer import CHUNK, Chunk
+from undercroft.store.transfer import CHUNK, Chunk, cut
 from undercroft.units import MIB, format_size
 
 Verify = Literal["once", "always", "never"]
@@ -108,11 +108,9 @@ class RecordFile(Mapping[tuple[str, str], Record]):
             return [
                 _chunk(self._file, first.offset, [(address, record.occupied) for record, address in pieces])
             ]
-        starts = range(0, first.occupied, CHUNK)
-        sizes = [min(CHUNK, first.occupied - start) for start in starts]
         return [
             _chunk(self._file, first.offset + start, [(address + start, nbytes)])
-            for start, nbytes in zip(starts, sizes, strict=True)
+            for start, nbytes in cut(first.occupied)
         ]
 
     def read(self, key: tuple[str, str], lease: Lease) -> None:

@@ -22,7 +22,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
@@ -36,10 +36,20 @@ import xxhash
 from undercroft.errors import CorruptRecord, InvalidInput, SpillMisuse, TransferFailed, UndercroftError
 from undercroft.events import Recorder
 from undercroft.store.disk import DiskFile, Iovec
+from undercroft.store.ranges import round_up
 from undercroft.units import MIB
 
 CHUNK = 8 * MIB
 """Bytes of one system call: fewer cost more CPU each, more make a demand wait longer for its turn."""
+
+
+def cut(nbytes: int) -> Iterator[tuple[int, int]]:
+    """Begin and length of the chunks of a run of bytes: as few as can be, and as long as one another.
+
+    A short one would leave the disk with nothing else to do at the end of a burst of long ones.
+    """
+    size = round_up(-(-nbytes // -(-nbytes // CHUNK)))
+    return ((begin, min(size, nbytes - begin)) for begin in range(0, nbytes, size))
 
 
 class Priority(IntEnum):
