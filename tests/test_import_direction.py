@@ -43,6 +43,7 @@ GUARDED: dict[str, set[str]] = {
     "uvicorn": {"serving"},
     "kvikio": {"store"},
     "triton": {"kernels"},
+    "gguf": {"models"},
     "numpy": set(ROOMS) - FLOOR,
 }
 THIRD_PARTY_OF_STORE = {"torch", "numpy", "xxhash", "kvikio"}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.moe.conftest import qwen
+from tests.moe.gguf_files import write_gguf
 
 from undercroft.moe.packed import open_packed
 
@@ -18,6 +19,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds a small model."""
     folder = tmp_path_factory.mktemp("given")
     qwen(0).save_pretrained(folder / "model")
+    whole = write_gguf(qwen(0), folder / "whole.gguf", "Q8_0", tokenizer=True).read_bytes()
+    (folder / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     return folder
 
 
@@ -44,6 +47,15 @@ def test_it_packs_and_says_what_it_did(folder: Path, tmp_path: Path) -> None:
         assert (experts.high, experts.low) == ("bfloat16", "int2")
 
 
+def test_a_gguf_file_is_packed_and_then_run(folder: Path, tmp_path: Path) -> None:
+    finished = pack(folder, "whole.gguf", tmp_path / "out", "--high", "int8")
+    assert finished.returncode == 0, finished.stderr
+    assert "experts: int8 384 KiB, int4 192 KiB; in the checkpoint 576 KiB\n" in finished.stdout
+    command = [UNDERCROFT, "run", tmp_path / "out", "hello", "--quality", "balanced", "--tokens", "4"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+
+
 def test_again_it_has_nothing_to_do_and_says_so_as_json(folder: Path, tmp_path: Path) -> None:
     reports = [pack(folder, "model", tmp_path / "out", "--low", "none", "--json") for _ in range(2)]
     first, second = (json.loads(finished.stdout) for finished in reports)
@@ -56,6 +68,8 @@ def test_again_it_has_nothing_to_do_and_says_so_as_json(folder: Path, tmp_path: 
     ("arguments", "told"),
     [
         (["missing/", "out"], "there is no folder missing"),
+        (["missing.gguf", "out"], "there is no file missing.gguf"),
+        (["cut.gguf", "out"], "does not lie inside the file as its shape says; fetch it again"),
         (["model", "model"], "; name a folder that is new or empty"),
         (["model", "out", "--high", "int4"], "low copies in int4, like the high ones, would save nothing"),
         (["model", "out", "--group", "48"], "group is one of (32, 64, 128), not 48"),

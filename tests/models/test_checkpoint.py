@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from undercroft.errors import CorruptRecord, UnsupportedModel
-from undercroft.models.checkpoint import LINE, PHASES, Checkpoint, StoredTensor
+from undercroft.models.checkpoint import PHASES, Checkpoint
+from undercroft.models.tensor_files import LINE, StoredTensor
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.bfloat16).view(2, 3),

@@ -11,7 +11,7 @@ from tests.moe.conftest import SMALL, mixtral, qwen, stock
 from tests.moe.families import fill
 from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
-from undercroft.models.checkpoint import LINE
+from undercroft.models.tensor_files import LINE
 from undercroft.moe.load import engine_of, load_moe
 from undercroft.moe.pack import pack
 

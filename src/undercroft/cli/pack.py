@@ -39,7 +39,7 @@ class Low(StrEnum):
 
 def pack(
     source: Annotated[
-        str, typer.Argument(help="Folder of a Mixture-of-Experts model, or its name on the hub.")
+        str, typer.Argument(help="Folder or GGUF file of a Mixture-of-Experts model, or its name on the hub.")
     ],
     destination: Annotated[Path, typer.Argument(help="Folder to write, new or begun by this command.")],
     high: Annotated[
@@ -55,9 +55,9 @@ def pack(
     Example:
       undercroft pack Qwen/Qwen3-30B-A3B packed --high keep --low int4
     """
-    from undercroft.models.place import locate
+    from undercroft.models.place import locate_weights
 
-    source = locate(source)  # before PyTorch, which takes seconds to come
+    source = locate_weights(source)  # before PyTorch, which takes seconds to come
     from undercroft.models.load import be_quiet
     from undercroft.moe.pack import pack
 

@@ -17,14 +17,36 @@ from undercroft.errors import InvalidInput, TransferFailed, UndercroftError, Uns
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?", re.ASCII)
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
+_GGUF = ".gguf"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def is_gguf(source: str | Path) -> bool:
+    """Whether it is a GGUF file, by its name or by how it begins."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return path.suffix == _GGUF or file.read(4) == b"GGUF"
+    except OSError as error:
+        raise TransferFailed(f"{path} cannot be read: {error.strerror}", errno=error.errno) from error
+
+
+def locate_weights(source: str | Path) -> str:
+    """As `locate`, or the path of a GGUF file.
+
+    Raises:
+        InvalidInput, UnsupportedModel, TransferFailed: see `locate`.
+    """
+    return str(Path(source).expanduser()) if is_gguf(source) else locate(source)
 
 
 def locate(source: str | Path) -> str:
     """The folder, expanded, or the name on the hub, as transformers wants it.
 
     Raises:
-        InvalidInput: neither a folder that exists nor a possible name.
+        InvalidInput: neither a folder that exists nor a possible name; or a GGUF file.
         UnsupportedModel: a folder without a configuration, or with pickled weights only.
         TransferFailed: a name whose files were never fetched, and no network.
     """
@@ -32,8 +54,15 @@ def locate(source: str | Path) -> str:
     if path.is_dir():
         _check_folder(path)
         return str(path)
+    if is_gguf(path):
+        raise InvalidInput(
+            f"{path} is a GGUF file, which is only read to be packed; "
+            f"pack it first, and name that folder: undercroft pack {path} FOLDER"
+        )
     if path.exists():
         raise InvalidInput(f"{path} is a file; name the folder that holds config.json and *.safetensors")
+    if path.suffix == _GGUF:
+        raise InvalidInput(f"there is no file {path}")
     text = str(source)
     if isinstance(source, Path) or not _HUB_NAME.fullmatch(text):
         raise InvalidInput(
@@ -62,6 +91,10 @@ def _check_folder(path: Path) -> None:
     if (path / "adapter_config.json").exists():
         raise UnsupportedModel(
             f"{path} holds an adapter; merge it into its model first (peft: merge_and_unload)"
+        )
+    if not (path / "config.json").is_file() and (found := sorted(path.glob(f"*{_GGUF}"))):
+        raise UnsupportedModel(
+            f"{path} holds GGUF files; name the one to pack: undercroft pack {found[0]} FOLDER"
         )
     if not (path / "config.json").is_file():
         raise UnsupportedModel(

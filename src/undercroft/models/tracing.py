@@ -14,10 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from undercroft.errors import UnsupportedModel
-from undercroft.models.checkpoint import DTYPES, StoredTensor
+from undercroft.models.checkpoint import DTYPES
 from undercroft.models.recipe import Cut, Joined, Recipe, Reshaped, Stacked, Stored, Swapped, shape_of
+from undercroft.models.tensor_files import StoredTensor
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NOT_CONVERTED = (
+    "automatic conversion of the weights"  # what transformers says of experts that lack some part
+)
 Given = Callable[[StoredTensor, torch.dtype | None], torch.Tensor]
 """What stands for a stored tensor while a model is loaded, in the dtype that the model wants."""
 
@@ -95,14 +99,22 @@ def load(
     """
     mapping: Any = AutoModelForCausalLM._model_mapping  # pyright: ignore[reportPrivateUsage]
     family: Any = mapping[type(config)]
-    model, found = family.from_pretrained(
-        None,
-        config=config,
-        state_dict=dict(weights),
-        dtype=dtype,
-        experts_implementation=experts,
-        output_loading_info=True,
-    )
+    try:
+        model, found = family.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(weights),
+            dtype=dtype,
+            experts_implementation=experts,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    except RuntimeError as error:
+        if _NOT_CONVERTED not in str(error):
+            raise
+        raise UnsupportedModel(
+            f"the checkpoint's weights cannot be put together to those of a {family.__name__}; some are missing"
+        ) from error
     wrong = sorted({*found["missing_keys"], *(str(entry[0]) for entry in found["mismatched_keys"])})
     if wrong:
         raise UnsupportedModel(

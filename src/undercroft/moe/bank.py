@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from undercroft.models.checkpoint import LINE
 from undercroft.models.recipe import Recipe, item
+from undercroft.models.tensor_files import LINE
 from undercroft.store.record import Key
 
 PHASED = (torch.float32, torch.float64)

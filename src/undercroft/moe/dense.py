@@ -16,7 +16,8 @@ from typing import Any
 import xxhash
 
 from undercroft.errors import TransferFailed
-from undercroft.models.checkpoint import DTYPES, PHASES, Checkpoint, StoredTensor
+from undercroft.models.checkpoint import DTYPES, PHASES
+from undercroft.models.tensor_files import StoredTensor, TensorFiles
 from undercroft.store.partial import PartialFile
 from undercroft.store.ranges import round_up
 from undercroft.units import MIB
@@ -36,7 +37,7 @@ class DenseFile:
         nbytes: of the file.
     """
 
-    def __init__(self, checkpoint: Checkpoint, left_out: set[str]) -> None:
+    def __init__(self, checkpoint: TensorFiles, left_out: set[str]) -> None:
         kept = [tensor for name, tensor in checkpoint.items() if name not in left_out]
         # The format's own order: widest elements first, so that all are aligned without gaps.
         self._tensors = sorted(kept, key=lambda each: (-each.dtype.itemsize, each.name))
@@ -48,14 +49,14 @@ class DenseFile:
         """The content; each block is void once the next is asked for.
 
         Raises:
-            CorruptRecord, TransferFailed: see `Checkpoint.read`.
+            CorruptRecord, TransferFailed: see `TensorFiles.read`.
         """
         yield memoryview(self._header)
         piece = memoryview(bytearray(PIECE))
         for tensor in self._tensors:
             for start in range(0, tensor.nbytes, PIECE):
                 block = piece[: min(PIECE, tensor.nbytes - start)]
-                self._checkpoint.read_into(tensor.file, tensor.offset + start, block)
+                self._checkpoint.read_run(tensor, start, block)
                 yield block
 
 

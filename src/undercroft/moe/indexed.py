@@ -22,8 +22,9 @@ import torch
 
 from undercroft.errors import CorruptRecord, InvalidInput, TransferFailed
 from undercroft.kernels import Block
-from undercroft.models.checkpoint import LINE, Checkpoint, Version
+from undercroft.models.checkpoint import Checkpoint
 from undercroft.models.recipe import Array, Recipe, Stored, assemble, is_plain, leaves
+from undercroft.models.tensor_files import LINE, Version
 from undercroft.moe.bank import PHASED, Layer, Parameter, view_of
 from undercroft.moe.stock import Stock
 from undercroft.store.disk import DiskFile, Syscalls, open_file

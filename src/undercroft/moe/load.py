@@ -20,9 +20,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from undercroft import arithmetic, machine
 from undercroft.errors import BudgetExceeded, InvalidInput
 from undercroft.events import Recorder
-from undercroft.models.checkpoint import Checkpoint, StoredTensor
+from undercroft.models.checkpoint import Checkpoint
 from undercroft.models.place import download, locate
 from undercroft.models.source import read_config
+from undercroft.models.tensor_files import StoredTensor
 from undercroft.models.tracing import Lazy, load
 from undercroft.moe.bank import Layer
 from undercroft.moe.beneath import Beneath

@@ -21,7 +21,7 @@ from undercroft.kernels.block import Block, Gated, available
 from undercroft.kernels.format import Format, packed_nbytes
 from undercroft.kernels.lossless import Lossless, restore
 from undercroft.kernels.quantise import dequantise
-from undercroft.models.checkpoint import StoredTensor
+from undercroft.models.tensor_files import StoredTensor
 from undercroft.moe.bank import strides_of, view_of
 from undercroft.moe.dense import digest_of
 from undercroft.moe.levels import factors

@@ -25,8 +25,8 @@ from transformers import PreTrainedConfig
 
 from undercroft.errors import CorruptRecord, InvalidInput, SpillMisuse, TierFull, TransferFailed
 from undercroft.kernels.format import Format
-from undercroft.models.checkpoint import Checkpoint
 from undercroft.models.recipe import Array, Stored, assemble
+from undercroft.models.tensor_files import TensorFiles
 from undercroft.moe.bank import Layer
 from undercroft.moe.dense import DenseFile, write_whole
 from undercroft.moe.manifest import (
@@ -111,7 +111,7 @@ class Packer:
     """
 
     def __init__(
-        self, folder: Path, name: str, checkpoint: Checkpoint, config: PreTrainedConfig, forms: Forms
+        self, folder: Path, name: str, checkpoint: TensorFiles, config: PreTrainedConfig, forms: Forms
     ) -> None:
         found = survey(config, checkpoint, getattr(config, "dtype", None) or torch.float32)
         experts_own = found.tensors()
@@ -273,12 +273,12 @@ def _packed_layer(layer: Layer) -> PackedLayer:
     return PackedLayer(number=layer.number, module=layer.module, experts=layer.experts, parameters=parameters)
 
 
-def _read_expert(checkpoint: Checkpoint, layer: Layer, expert: int) -> dict[str, torch.Tensor]:
+def _read_expert(checkpoint: TensorFiles, layer: Layer, expert: int) -> dict[str, torch.Tensor]:
     """An expert's parameters, as stored."""
 
     def read(leaf: Stored) -> Array:
-        stored, content = checkpoint[leaf.name], bytearray(leaf.nbytes)
-        checkpoint.read_into(stored.file, stored.offset + leaf.start, memoryview(content))
+        content = bytearray(leaf.nbytes)
+        checkpoint.read_run(checkpoint[leaf.name], leaf.start, memoryview(content))
         return np.frombuffer(content, dtype=f"u{leaf.itemsize}").reshape(leaf.shape)
 
     found: dict[str, torch.Tensor] = {}
@@ -289,11 +289,9 @@ def _read_expert(checkpoint: Checkpoint, layer: Layer, expert: int) -> dict[str,
     return found
 
 
-def _describe(checkpoint: Checkpoint) -> Iterator[SourceFile]:
+def _describe(checkpoint: TensorFiles) -> Iterator[SourceFile]:
     for number, (path, version) in enumerate(zip(checkpoint.paths, checkpoint.versions, strict=True)):
-        length = bytearray(8)
-        checkpoint.read_into(number, 0, memoryview(length))
-        start = bytearray(min(8 + int.from_bytes(length, "little") + MIB, version.nbytes))
+        start = bytearray(min(checkpoint.header_nbytes[number] + MIB, version.nbytes))
         checkpoint.read_into(number, 0, memoryview(start))
         yield SourceFile(
             name=path.name,

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from undercroft.errors import UnsupportedModel
-from undercroft.models.checkpoint import LINE, StoredTensor
 from undercroft.models.recipe import Recipe, Reshaped, Stored, leaves, shape_of
+from undercroft.models.tensor_files import LINE, StoredTensor
 from undercroft.models.tracing import trace
 from undercroft.moe.bank import Layer, Parameter
 from undercroft.moe.streamed import IMPLEMENTATION, expert_count, own_forward
