@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from undercroft.errors import CorruptRecord, InvalidInput, SpillMisuse, TransferFailed, UndercroftError
 from undercroft.events import Recorder
 from undercroft.store.disk import DiskFile, Syscalls
-from undercroft.store.transfer import CHUNK, Cancelled, Chunk, Priority, Transfer, TransferQueue
+from undercroft.store.transfer import CHUNK, Cancelled, Chunk, Priority, Transfer, TransferQueue, cut
 from undercroft.testing import FlakyDisk
 from undercroft.units import GIB, KIB, MIB
 
@@ -650,3 +651,15 @@ def test_an_interpreter_with_hours_of_queued_writes_exits(tmp_path: Path) -> Non
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (finished.returncode, finished.stderr) == (0, "")
     assert int(finished.stdout) >= 98
+
+
+@pytest.mark.parametrize("blocks", [1, 2047, 2048, 2049, 2304, 4096, 4097, 10_000])
+def test_a_run_is_cut_into_few_and_like_pieces(blocks: int) -> None:
+    pieces = list(cut(blocks * BLOCK))
+    assert [begin for begin, _ in pieces] == [0, *accumulate(nbytes for _, nbytes in pieces)][:-1]
+    assert sum(nbytes for _, nbytes in pieces) == blocks * BLOCK
+    assert len(pieces) == -(-blocks * BLOCK // CHUNK)
+    lengths = {nbytes for _, nbytes in pieces}
+    assert max(lengths) <= CHUNK
+    assert max(lengths) - min(lengths) <= len(pieces) * BLOCK
+    assert all(nbytes % BLOCK == 0 for nbytes in lengths)
