@@ -232,6 +232,4 @@ def _module(layer: PackedLayer) -> MixtralExperts:
 def _served(experts: PackedExperts, layer: PackedLayer) -> ServedLayer:
     dtypes = {name: each.dtype for name, each in layer.parameters.items()}
     gated = experts.gated(layer.number)
-    return ServedLayer(
-        number=layer.number, experts=layer.experts, dtypes=dtypes, gated=gated, is_usual=True
-    )
+    return ServedLayer(number=layer.number, experts=layer.experts, dtypes=dtypes, gated=gated, is_usual=True)
