@@ -50,6 +50,11 @@ class Parameter:
         """Bytes of one expert's part, as stored."""
         return math.prod(self.shape) * self.stored.itemsize
 
+    @property
+    def is_phased(self) -> bool:
+        """Whether products heed where it begins: not in other dtypes, nor where a converted copy is computed with."""
+        return self.stored is self.dtype and self.stored in PHASED
+
     def phase_of(self, expert: int) -> int:
         """Where an expert's part begins modulo `LINE` there: PyTorch's products may heed it, see `checkpoint`."""
         return (self.phase + expert * self.nbytes) % LINE

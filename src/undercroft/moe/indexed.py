@@ -25,7 +25,7 @@ from undercroft.kernels import Block
 from undercroft.models.checkpoint import Checkpoint
 from undercroft.models.recipe import Array, Recipe, Stored, assemble, is_plain, leaves
 from undercroft.models.tensor_files import LINE, Version
-from undercroft.moe.bank import PHASED, Layer, Parameter, view_of
+from undercroft.moe.bank import Layer, Parameter, view_of
 from undercroft.moe.stock import Stock
 from undercroft.store.disk import DiskFile, Syscalls, open_file
 from undercroft.store.ranges import BLOCK, round_up
@@ -227,7 +227,7 @@ class IndexedExperts:
         runs = [(self._place(leaf, windows), leaf.nbytes) for leaf in leaves(recipe)]
         beside = all(place + nbytes == after for (place, nbytes), (after, _) in pairwise(runs))
         aligned = runs[0][0] % next(leaves(recipe)).itemsize == 0
-        in_phase = parameter.stored not in PHASED or runs[0][0] % LINE == parameter.phase_of(expert)
+        in_phase = not parameter.is_phased or runs[0][0] % LINE == parameter.phase_of(expert)
         return runs[0][0] if beside and aligned and in_phase and is_plain(recipe) else None
 
     def _chunks(self, record: Record, address: int) -> Iterator[Chunk]:
