@@ -187,7 +187,9 @@ def _(
 def is_plain(x: Tensor) -> bool:
     """Whether nobody traces, records or differentiates: then the operator's own 30 microseconds are saved."""
     modes = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
-    return type(x) is Tensor and not (modes or torch.is_grad_enabled() or torch.compiler.is_compiling())
+    traced = torch._C._get_tracing_state()  # pyright: ignore
+    seen = modes or traced or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return type(x) is Tensor and not seen
 
 
 def _multiply(x: Tensor, packed: Tensor, format: Format, rows: int) -> Tensor:

@@ -22,13 +22,13 @@ from undercroft.kernels.linear import DTYPES
 from undercroft.moe.carriage import send
 from undercroft.moe.cooperate import Estimates
 from undercroft.moe.engine import Engine, ExpertReport, ExpertSource, ServedLayer, taken
+from undercroft.moe.feed_forward import FeedForward
 from undercroft.moe.importance import Importance
 from undercroft.moe.layered import ExpertPolicy, Wanted
 from undercroft.moe.quality import Quality
 from undercroft.moe.serving_order import Choice, waves
 from undercroft.moe.slots import Slots
 from undercroft.moe.stock import Stock
-from undercroft.moe.streamed import FeedForward
 from undercroft.store.arrivals import NOTHING
 from undercroft.store.cache import RecordCache
 from undercroft.store.record import Key
@@ -182,7 +182,7 @@ class DeviceService:
             self._parameters = self._open(key)
         return self._parameters
 
-    def outputs(self, x: Tensor, feed_forward: FeedForward) -> Iterator[tuple[int, Tensor]]:
+    def outputs(self, x: Tensor, feed_forward: FeedForward) -> Iterator[tuple[Sequence[int], Tensor]]:
         """See `streamed.Service`. Copies begin before anything is computed beside them."""
         near = _Near.of(x) if self._engine.cooperates and self._absent else None
         there = [key for key in self._keys.values() if key in self._slots]
@@ -281,7 +281,7 @@ class DeviceService:
 
     def _without_room(
         self, group: _Group, x: Tensor, feed_forward: FeedForward
-    ) -> Iterator[tuple[int, Tensor]]:
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
         """The others, one after another: what was computed leaves for them."""
         for key, lease in group.moved:
             if key in self._pending:
@@ -290,14 +290,14 @@ class DeviceService:
 
     def _on_device(
         self, keys: Sequence[Key], x: Tensor, feed_forward: FeedForward
-    ) -> Iterator[tuple[int, Tensor]]:
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
         began = time.perf_counter()
         found = [(key, feed_forward(x, self._open(key))) for key in keys]
         if keys and self._engine.cooperates:
             self._engine.estimates.note_dispatch(len(keys), time.perf_counter() - began)
         self._pending.difference_update(keys)
         for key, out in found:
-            yield self._engine.stock.places[key].expert, out
+            yield (self._engine.stock.places[key].expert,), out
 
     def _on_cpu(
         self,
@@ -305,7 +305,7 @@ class DeviceService:
         near: _Near,
         device: torch.device,
         feed_forward: FeedForward,
-    ) -> Iterator[tuple[int, Tensor]]:
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
         began = time.perf_counter()
         found = self._products(arrived, near.x, feed_forward)
         computed = time.perf_counter()
@@ -316,8 +316,7 @@ class DeviceService:
         self._engine.estimates.note_compute(nbytes, computed - began, seconds)
         self._engine.count("computed", len(arrived))
         self._pending.difference_update(key for key, _ in arrived)
-        for row, (key, _) in enumerate(arrived):
-            yield stock.places[key].expert, found[row : row + 1]
+        yield [stock.places[key].expert for key, _ in arrived], found
 
     def _products(self, arrived: Sequence[tuple[Key, Lease]], x: Tensor, feed_forward: FeedForward) -> Tensor:
         """What experts make of one token where they lie: (experts, width)."""

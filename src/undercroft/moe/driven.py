@@ -23,12 +23,13 @@ from undercroft.errors import InvalidInput
 from undercroft.events import Recorder
 from undercroft.kernels import Block, Gated
 from undercroft.moe.engine import Engine, ServedLayer
+from undercroft.moe.feed_forward import FeedForward
 from undercroft.moe.forwards import Forward
 from undercroft.moe.manifest import PackedLayer
 from undercroft.moe.packed import PackedExperts
 from undercroft.moe.policies import make_policy
 from undercroft.moe.quality import Quality
-from undercroft.moe.streamed import FeedForward, attach, streamed_forward
+from undercroft.moe.streamed import attach, streamed_forward
 from undercroft.store.cache import RecordCache
 from undercroft.store.slab import Slab
 from undercroft.store.transfer import TransferQueue
@@ -188,9 +189,10 @@ class _Here:
         """All at once."""
         return iter([[(expert, self._held.blocks[expert]) for expert in self._wanted()]])
 
-    def outputs(self, x: Tensor, feed_forward: FeedForward) -> Iterator[tuple[int, Tensor]]:
-        """Of one after the other."""
-        return ((expert, feed_forward(x, self._held.parameters[expert])) for expert in self._wanted())
+    def outputs(self, x: Tensor, feed_forward: FeedForward) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """Of all at once."""
+        experts = self._wanted()
+        return iter([(experts, feed_forward.of_each(x, [self._held.parameters[each] for each in experts]))])
 
     def close(self) -> None:
         """Nothing is let go of."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from undercroft.errors import BudgetExceeded
 from undercroft.events import Recorder
 from undercroft.kernels import Block, Gated
+from undercroft.moe.feed_forward import FeedForward
 from undercroft.moe.hints import Hints
 from undercroft.moe.importance import Use, weigh
 from undercroft.moe.journal import Journal
@@ -30,7 +31,7 @@ from undercroft.moe.packed_weight import PackedWeight
 from undercroft.moe.quality import Quality
 from undercroft.moe.serving_order import Choice, IsHere, ServingOrder, waves
 from undercroft.moe.stock import Stock
-from undercroft.moe.streamed import FeedForward, Service
+from undercroft.moe.streamed import Service
 from undercroft.moe.trace import Trace
 from undercroft.store.arrivals import NOTHING
 from undercroft.store.cache import RecordCache
@@ -233,7 +234,7 @@ class Engine:
         if known is not None and known[0] == key:  # what leaves hands its room on
             return known[1]
         opened = self.open(layer, key, lease.first)
-        if all(type(each) is Tensor and _is_in(lease, each) for each in opened.values()):
+        if lies_in(lease, opened):
             self._opened[lease.first] = (key, opened)
         return opened
 
@@ -295,17 +296,15 @@ class LayerService:
             self._parameters, self._at = self._engine.open(self._layer, key, self._lease(key)), expert
         return self._parameters
 
-    def outputs(self, x: Tensor, feed_forward: FeedForward) -> Iterator[tuple[int, Tensor]]:
-        """What those make of a token that were chosen and are not skipped: those in memory first, then as they come."""
-        places = self._engine.stock.places
+    def outputs(self, x: Tensor, feed_forward: FeedForward) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """What those make of a token that were chosen and are not skipped: those in memory first, then as they come.
+
+        Those that lie in the cache as they are computed with are computed together. The others are made for it, one
+        at a time, for what is made takes memory.
+        """
         while True:
             while arrived := self._together():
-                arrived.reverse()
-                while arrived:
-                    key, lease = arrived.pop()
-                    out = feed_forward(x, self._engine.view(self._layer, key, lease))
-                    del lease
-                    yield places[key].expert, out
+                yield from self._made(arrived, x, feed_forward)
             if not self._begin():
                 return
 
@@ -332,6 +331,27 @@ class LayerService:
         self._parameters, self._at = {}, -1
         self._held.clear()
         self._hold, self._coming = None, NOTHING
+
+    def _made(
+        self, arrived: list[tuple[Key, Lease]], x: Tensor, feed_forward: FeedForward
+    ) -> list[tuple[Sequence[int], Tensor]]:
+        """What those make of a token that arrived; none of their leases is left."""
+        places = self._engine.stock.places
+        made: list[tuple[Sequence[int], Tensor]] = []
+        kept: list[tuple[int, Lease, Mapping[str, Tensor]]] = []
+        arrived.reverse()
+        while arrived:
+            key, lease = arrived.pop()
+            expert, parts = places[key].expert, self._engine.view(self._layer, key, lease)
+            if lies_in(lease, parts):
+                kept.append((expert, lease, parts))
+            else:
+                made.append(((expert,), feed_forward(x, parts)))
+            del lease, parts
+        if kept:
+            rows = feed_forward.of_each(x, [parts for _, _, parts in kept])
+            made.append(([expert for expert, _, _ in kept], rows))
+        return made
 
     def _begin(self) -> bool:
         wave = next(self._waves, None)
@@ -369,8 +389,12 @@ class LayerService:
         return key
 
 
-def _is_in(lease: Lease, tensor: Tensor) -> bool:
-    return 0 <= tensor.data_ptr() - lease.address < lease.nbytes
+def lies_in(lease: Lease, parts: Mapping[str, Tensor]) -> bool:
+    """Whether an expert's parameters are views of its lease, and nothing that was made of it."""
+    return all(
+        type(each) is Tensor and 0 <= each.data_ptr() - lease.address < lease.nbytes
+        for each in parts.values()
+    )
 
 
 def taken(found: Mapping[str, Tensor | PackedMatrix], layer: ServedLayer) -> dict[str, Tensor]:

@@ -13,39 +13,19 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
-from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from undercroft.errors import UnsupportedModel
-from undercroft.kernels import Block, Gated, add_up, feed_forwards, mix
+from undercroft.kernels import Block, Gated, add_up, bitwise, feed_forwards, mix
 from undercroft.kernels.linear import DTYPES
 from undercroft.moe.alike import alike
+from undercroft.moe.exactly import Products
+from undercroft.moe.feed_forward import FeedForward
 
 IMPLEMENTATION = "undercroft"
 """What transformers calls this way to run experts."""
 _ATTRIBUTE = "_undercroft_serve"
-
-
-class FeedForward(NamedTuple):
-    """What most families do with one expert.
-
-    Attributes:
-        act_fn: between its two products.
-    """
-
-    act_fn: Any
-
-    @property
-    def is_silu(self) -> bool:
-        """Whether `Block`s do the same."""
-        return isinstance(self.act_fn, _SILU)
-
-    def __call__(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """Of tokens (tokens, width) and an expert's parameters."""
-        gate, up = linear(x, parts["gate_up_proj"]).chunk(2, dim=-1)
-        return linear(self.act_fn(gate) * up, parts["down_proj"])
 
 
 class Service(Protocol):
@@ -65,8 +45,8 @@ class Service(Protocol):
         """The sizes of its experts where these are `Block`s, so that `blocks` may be asked for."""
         ...
 
-    def outputs(self, x: Tensor, feed_forward: FeedForward) -> Iterator[tuple[int, Tensor]]:
-        """What those that are not left out make of one token, as they come."""
+    def outputs(self, x: Tensor, feed_forward: FeedForward) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """What those that are not left out make of one token, (experts, width), all that are there at a time."""
         ...
 
     def blocks(self) -> Iterator[Sequence[tuple[int, Block]]]:
@@ -188,7 +168,8 @@ def streamed_forward(module: torch.nn.Module, hidden: Tensor, chosen: Tensor, we
     parameters = module.named_parameters(recurse=False)
     stacks = {name: _Stack(name, service, each, hidden.device) for name, each in parameters}
     try:
-        return forward(_Borrowed(module, stacks), hidden, chosen, weights)
+        with Products():
+            return forward(_Borrowed(module, stacks), hidden, chosen, weights)
     finally:
         service.close()
 
@@ -206,29 +187,50 @@ def is_usual(forward: Any) -> bool:
     return alike(forward, _USUAL)
 
 
-def _one_token(module: Any, service: Service, hidden: Tensor, chosen: Any, weights: Tensor) -> Tensor:
+def _one_token(module: Any, service: Service, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """What the usual forward does to one token: experts compute as they arrive, and are summed in its own order."""
-    if service.gated is not None and isinstance(module.act_fn, _SILU):
-        return _in_one_call(service, service.gated, hidden, chosen, weights)
-    found = dict(service.outputs(hidden, FeedForward(module.act_fn)))
+    feed_forward = FeedForward(module.act_fn)
+    routed: list[int] = chosen[0].tolist()  # pyright: ignore
+    if service.gated is not None and feed_forward.is_silu:
+        return _in_one_call(service, service.gated, hidden, routed, weights)
+    places: dict[int, int] = {}
+    products: list[Tensor] = []
+    for experts, rows in service.outputs(hidden, feed_forward):
+        places |= {expert: place for place, expert in enumerate(experts, start=len(places))}
+        products.append(rows)
     service.close()
+    order = sorted((expert, slot) for slot, expert in enumerate(routed) if expert in places)
+    return _summed(products, [(places[expert], slot) for expert, slot in order], hidden, weights)
+
+
+def _summed(
+    products: Sequence[Tensor], terms: Sequence[tuple[int, int]], hidden: Tensor, weights: Tensor
+) -> Tensor:
+    """The sum of some products' rows, each by its number and the place of its weight, as the usual forward adds up."""
+    if not products:
+        return torch.zeros_like(hidden)
+    rows = products[0] if len(products) == 1 else torch.cat(list(products))
+    if bitwise.adds(rows, weights):
+        shares: list[float] = weights[0].tolist()  # pyright: ignore
+        return bitwise.add_up(rows, [row for row, _ in terms], [shares[slot] for _, slot in terms])
     out = torch.zeros_like(hidden)
-    for expert, slot in sorted((expert, slot) for slot, expert in enumerate(chosen[0].tolist())):
-        if expert in found:
-            out.add_((found[expert] * weights[:, slot : slot + 1]).to(out.dtype))
+    for row, slot in terms:
+        out.add_((rows[row : row + 1] * weights[:, slot : slot + 1]).to(out.dtype))
     return out
 
 
-def _in_one_call(service: Service, sizes: Gated, hidden: Tensor, chosen: Any, weights: Tensor) -> Tensor:
+def _in_one_call(
+    service: Service, sizes: Gated, hidden: Tensor, chosen: Sequence[int], weights: Tensor
+) -> Tensor:
     """The same with packed experts: one call for all where all are there, else one for each group that comes."""
     x = hidden if hidden.dtype in DTYPES else hidden.float()
-    routed: list[tuple[int, float]] = list(zip(chosen[0].tolist(), weights[0].tolist(), strict=True))  # pyright: ignore
+    routed: list[tuple[int, float]] = sorted(zip(chosen, weights[0].tolist(), strict=True))  # pyright: ignore
     places: dict[int, int] = {}
     products: list[Tensor] = []
 
     def terms() -> list[tuple[int, float]]:
         """By number of the expert: a sum does not depend on the order of arrival."""
-        return [(places[expert], weight) for expert, weight in sorted(routed) if expert in places]
+        return [(places[expert], weight) for expert, weight in routed if expert in places]
 
     count = len(routed) - len(service.skipped)
     for group in service.blocks():
@@ -243,6 +245,5 @@ def _in_one_call(service: Service, sizes: Gated, hidden: Tensor, chosen: Any, we
     return add_up(products, terms(), hidden.dtype) if products else torch.zeros_like(hidden)
 
 
-_SILU: Any = tuple(type(ACT2FN[name]) for name in ("silu", "swish"))  # pyright: ignore
 _USUAL: Any = MixtralExperts.forward.__wrapped__  # pyright: ignore
 ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = streamed_forward

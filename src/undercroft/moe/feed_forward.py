@@ -1,0 +1,72 @@
+"""What most families do with one expert: two products and an activation between them, for one token or many.
+
+It knows torch and the kernels that have its bits; not where parameters come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers.activations import ACT2FN
+
+from undercroft.kernels import bitwise
+
+_GATE_UP, _DOWN = "gate_up_proj", "down_proj"
+_SERIAL = 2**15
+"""Elements below which PyTorch computes what is elementwise in one piece; pieces end where they like."""
+_SILU: Any = tuple(type(ACT2FN[name]) for name in ("silu", "swish"))  # pyright: ignore
+
+
+class FeedForward(NamedTuple):
+    """A gated feed-forward block.
+
+    Attributes:
+        act_fn: between its two products.
+    """
+
+    act_fn: Any
+
+    @property
+    def is_silu(self) -> bool:
+        """Whether `Block`s do the same."""
+        return isinstance(self.act_fn, _SILU)
+
+    def __call__(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """Of tokens (tokens, width) and an expert's parameters."""
+        gate, up = linear(x, parts[_GATE_UP]).chunk(2, dim=-1)
+        return linear(self.act_fn(gate) * up, parts[_DOWN])
+
+    def of_each(self, x: Tensor, experts: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """What each expert makes of one token (1, width), (experts, width): the bits are those of a call for each."""
+        if not _are_bitwise(x, experts):
+            return torch.cat([self(x, parts) for parts in experts])
+        gates, ups = bitwise.gates_and_ups(x, [parts[_GATE_UP] for parts in experts])
+        return bitwise.row_by_row(self._activated(gates) * ups, [parts[_DOWN] for parts in experts])
+
+    def _activated(self, gates: Tensor) -> Tensor:
+        """Rows (experts, inner) as if each were by itself.
+
+        A vectorised SiLU has other bits than the one for what no vector is filled with; no row leaves such a rest, for
+        `bitwise.PLACES` divides its length.
+        """
+        if self.is_silu and gates.numel() < _SERIAL:
+            return self.act_fn(gates)
+        return torch.cat([self.act_fn(gates[row : row + 1]) for row in range(len(gates))])
+
+
+def _are_bitwise(x: Tensor, experts: Sequence[Mapping[str, Tensor]]) -> bool:
+    """Whether the kernels that have PyTorch's bits take these experts, which are of one shape."""
+    gate_up, down = experts[0][_GATE_UP], experts[0][_DOWN]
+    return (
+        bitwise.takes(x, gate_up)
+        and bitwise.reproduces(down.shape[-1])
+        and all(_is_plain(parts[_GATE_UP]) and _is_plain(parts[_DOWN]) for parts in experts)
+    )
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) is Tensor and weight.dtype is torch.bfloat16 and weight.is_contiguous()

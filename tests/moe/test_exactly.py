@@ -1,0 +1,102 @@
+"""Models in bfloat16 whose products kernels of ours make: the bits of stock transformers, in prefill and decoding."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.moe.conftest import prompt, qwen, stock
+from tests.moe.test_exact import same
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from undercroft.kernels import bitwise
+from undercroft.moe.exactly import Products, multiply_here
+from undercroft.moe.feed_forward import FeedForward
+from undercroft.moe.load import load_moe
+from undercroft.moe.pack import pack
+
+WIDE = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 8}
+BANK = 3 * 8 * 3 * 64 * 128 * 2
+
+
+@pytest.fixture(autouse=True)
+def _reproduced() -> None:
+    if not bitwise.reproduces(64):
+        pytest.skip("PyTorch multiplies bfloat16 in another way on this processor")
+
+
+@pytest.fixture
+def folder(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    saved = tmp_path / "model"
+    stock(checkpoint(make=wide), torch.bfloat16).save_pretrained(saved)
+    return saved
+
+
+def wide(seed: int, **changes: Any) -> Any:
+    return qwen(seed, **WIDE, **changes)
+
+
+def counted(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0])
+@pytest.mark.parametrize("high", [None, "keep", "lossless"])
+def test_bit_for_bit(folder: Path, tmp_path: Path, high: Any, share: float) -> None:
+    source = folder
+    if high is not None:
+        source = tmp_path / "packed"
+        pack(folder, source, high=high, low="none")
+    model = load_moe(source, int(share * BANK) + 65536, dtype=torch.bfloat16)
+    assert all(type(each) is not nn.Linear for each in counted(model))
+    for rows in (1, 3):
+        same(stock(folder, torch.bfloat16), model, prompt(rows), tokens=24)
+
+
+def test_biases_and_tied_heads_keep_their_bits(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    make = partial(wide, attention_bias=True, tie_word_embeddings=True)
+    make.__name__ = "biased"
+    saved = tmp_path / "model"
+    stock(checkpoint(make=make), torch.bfloat16).save_pretrained(saved)
+    same(stock(saved, torch.bfloat16), load_moe(saved, "1MiB", dtype=torch.bfloat16), prompt(2), tokens=16)
+
+
+def test_linear_layers_stay_what_they_were(folder: Path) -> None:
+    model = stock(folder, torch.bfloat16)
+    names = [type(each).__name__ for each in model.modules()]
+    assert multiply_here(model) == len(counted(model)) > 0
+    assert multiply_here(model) == 0
+    assert [type(each).__name__ for each in model.modules()] == names
+    assert multiply_here(stock(folder)) == 0  # float32
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize("count", [1, 3, 600])
+def test_experts_of_a_token_together_have_the_bits_of_each(activation: str, count: int) -> None:
+    torch.manual_seed(0)
+    feed_forward = FeedForward(ACT2FN[activation])
+    with torch.no_grad():
+        x = torch.randn(1, 128).to(torch.bfloat16)
+        stacked = (
+            torch.randn(count, 128, 128).to(torch.bfloat16),
+            torch.randn(count, 70, 64).to(torch.bfloat16),
+        )
+        experts = [
+            {"gate_up_proj": gate_up, "down_proj": down} for gate_up, down in zip(*stacked, strict=True)
+        ]
+        together = feed_forward.of_each(x, experts)
+        for row, parts in enumerate(experts):
+            assert torch.equal(together[row : row + 1], feed_forward(x, parts))
+
+
+def test_the_mode_multiplies_and_leaves_all_else(folder: Path) -> None:
+    x, weight = torch.randn(5, 128).to(torch.bfloat16), torch.randn(9, 128).to(torch.bfloat16)
+    calls: list[Tensor] = []
+    with torch.no_grad(), Products():
+        calls += [torch.nn.functional.linear(x, weight), x @ weight.t(), torch.cat([x, x])]
+    assert torch.equal(calls[0], torch.nn.functional.linear(x, weight))
+    assert torch.equal(calls[1], x @ weight.t())
+    assert calls[2].shape == (10, 128)
