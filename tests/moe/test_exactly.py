@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from undercroft.kernels import bitwise
-from undercroft.moe.exactly import Products, multiply_here
+from undercroft.moe.exactly import Products, hasten
 from undercroft.moe.feed_forward import FeedForward
 from undercroft.moe.load import load_moe
 from undercroft.moe.pack import pack
@@ -64,13 +64,15 @@ def test_biases_and_tied_heads_keep_their_bits(checkpoint: Callable[..., Path], 
     same(stock(saved, torch.bfloat16), load_moe(saved, "1MiB", dtype=torch.bfloat16), prompt(2), tokens=16)
 
 
-def test_linear_layers_stay_what_they_were(folder: Path) -> None:
+def test_modules_stay_what_they_were(folder: Path) -> None:
     model = stock(folder, torch.bfloat16)
-    names = [type(each).__name__ for each in model.modules()]
-    assert multiply_here(model) == len(counted(model)) > 0
-    assert multiply_here(model) == 0
-    assert [type(each).__name__ for each in model.modules()] == names
-    assert multiply_here(stock(folder)) == 0  # float32
+    kinds = [type(each) for each in model.modules()]
+    known = [each for each in kinds if each.__name__ in {"Linear", "Qwen3MoeRMSNorm", "Qwen3MoeAttention"}]
+    assert hasten(model) == len(known) == 13 + 13 + 3
+    assert hasten(model) == 0
+    assert [type(each).__name__ for each in model.modules()] == [each.__name__ for each in kinds]
+    assert all(isinstance(each, kind) for each, kind in zip(model.modules(), kinds, strict=True))
+    assert hasten(stock(folder)) == 0  # float32
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])

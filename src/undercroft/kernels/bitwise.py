@@ -102,6 +102,28 @@ def gates_and_ups(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]
     return out[0], out[1]
 
 
+def side_by_side(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """What some linear layers make of one row, one behind another, in one call.
+
+    Args:
+        x: (..., columns), of one row.
+        layers: weight (outputs, columns) and bias of each; `takes` allows each with x.
+
+    Returns:
+        (all outputs,).
+    """
+    columns = x.shape[-1]
+    out = x.new_empty(sum(len(weight) for weight, _ in layers))
+    at, size = out.data_ptr(), out.element_size()
+    fields: list[int] = []
+    for weight, bias in layers:
+        addend = 0 if bias is None else bias.data_ptr()
+        fields += (x.data_ptr(), 1, weight.data_ptr(), addend, len(weight), at)
+        at += size * len(weight)
+    _multiply(columns, fields)
+    return out
+
+
 def row_by_row(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Each row times the transpose of a weight of its own, in one call.
 

@@ -1,18 +1,22 @@
-"""Lets a model multiply in kernels that have PyTorch's bits, wherever PyTorch would have multiplied.
+"""Lets a model compute in kernels that have PyTorch's bits, wherever these know the way.
 
 It knows modules and torch's ways to multiply; not experts. Nothing changes by it but the time that is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from undercroft.kernels import bitwise
+from undercroft.kernels.bitwise_trunk import normalises, rms_norm
+from undercroft.moe.alike import alike
+from undercroft.moe.exact_attention import is_here, shorten
 from undercroft.moe.mixed import put_before
 
 
@@ -26,12 +30,26 @@ class Products(TorchFunctionMode):
         return _ways.get(func, func)(*args, **(kwargs or {}))
 
 
-def multiply_here(model: nn.Module) -> int:
-    """Let a model's linear layers in bfloat16 use these products; how many there are that can."""
-    found = [module for module in model.modules() if type(module) is nn.Linear and _is_known(module.weight)]
-    for module in found:
+def hasten(model: nn.Module) -> int:
+    """Let linear layers, norms and attention layers of a model in bfloat16 do so; how many there are that can."""
+    modules = list(model.modules())
+    return _multiply_here(modules) + _normalise_here(modules) + shorten(modules)
+
+
+def _multiply_here(modules: Sequence[nn.Module]) -> int:
+    found = [module for module in modules if type(module) is nn.Linear and _is_known(module.weight)]
+    taken = [module for module in found if bitwise.reproduces(module.in_features)]
+    for module in taken:
         put_before(_Linear, module)
-    return len(found)
+    return len(taken)
+
+
+def _normalise_here(modules: Sequence[nn.Module]) -> int:
+    found = [cast("Any", each) for each in modules if alike(type(each).forward, LlamaRMSNorm.forward)]
+    taken = [norm for norm in found if _is_known(norm.weight) and normalises(norm.weight.numel())]
+    for module in taken:
+        put_before(_Norm, module)
+    return len(taken)
 
 
 class _Linear:
@@ -43,8 +61,22 @@ class _Linear:
         return bitwise.linear(input, layer.weight, layer.bias)
 
 
+class _Norm:
+    """A norm's way for one token, before the norm's own class."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """As the norm's own."""
+        norm: Any = self
+        weight: Tensor = norm.weight
+        is_token = hidden_states.numel() == weight.numel() and hidden_states.dtype is weight.dtype
+        if is_token and weight.dtype is torch.bfloat16 and is_here(hidden_states):
+            return rms_norm(hidden_states, weight, norm.variance_epsilon)
+        stock: Any = super()
+        return stock.forward(hidden_states)
+
+
 def _is_known(weight: Tensor) -> bool:
-    return weight.dtype is torch.bfloat16 and weight.is_cpu and bitwise.reproduces(weight.shape[1])
+    return weight.dtype is torch.bfloat16 and weight.is_cpu
 
 
 _ways: dict[Any, Any] = {torch.nn.functional.linear: bitwise.linear}

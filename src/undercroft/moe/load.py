@@ -32,7 +32,7 @@ from undercroft.moe.copies import check_served
 from undercroft.moe.device import carrier_to, find_device, put_trunk, room_for, slots_nbytes
 from undercroft.moe.device_engine import DeviceEngine
 from undercroft.moe.engine import Engine, ExpertReport, ExpertSource, ServedLayer
-from undercroft.moe.exactly import multiply_here
+from undercroft.moe.exactly import hasten
 from undercroft.moe.foresight import look_ahead
 from undercroft.moe.governor import Governor
 from undercroft.moe.headroom import Headroom, advice, row_nbytes, token_nbytes
@@ -129,7 +129,7 @@ def load_moe(
         elif wanted.dense == "int8":
             lighten(model, experts=stock.experts)
         else:
-            multiply_here(model)
+            hasten(model)
         whole, token = parse_size(budget), token_nbytes(config, kind)
         shared = Budget(host=_whole_pages(whole))
         least = max((*stock.high_nbytes, *stock.low_nbytes))

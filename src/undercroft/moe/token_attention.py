@@ -8,28 +8,18 @@ where weights come from.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama import modeling_llama
-from transformers.models.mixtral.modeling_mixtral import MixtralAttention
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeAttention
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from undercroft.errors import InvalidInput
 from undercroft.kernels import trunk
 from undercroft.kernels.linear import Weight, is_plain
-from undercroft.moe.alike import alike
 from undercroft.moe.attention import OTHERWISE, attention
 from undercroft.moe.mixed import put_before
 from undercroft.moe.trunk import Norm, PackedLinear
-
-_NORMED: Any = Qwen3MoeAttention.forward
-_PLAIN: Any = (Qwen2MoeAttention.forward, MixtralAttention.forward)
-_ROTARY: Any = modeling_llama.apply_rotary_pos_emb  # pyright: ignore
+from undercroft.moe.usual_attention import norms_of
 
 
 def shorten(model: nn.Module) -> int:
@@ -123,20 +113,15 @@ _JOINED = "_undercroft_joined"
 
 def _joined(layer: nn.Module) -> _Joined | None:
     """What a layer's parts make together, if it is one of those known here."""
-    kind, module = type(layer), cast("Any", layer)
-    forward: Callable[..., Any] = kind.forward
-    has_norms = alike(forward, _NORMED)
-    if not has_norms and not any(alike(forward, each) for each in _PLAIN):
+    norms, module = norms_of(layer), cast("Any", layer)
+    if norms is None or module.head_dim % trunk.STEP:
         return None
     parts = [module.q_proj, module.k_proj, module.v_proj]
-    norms = [module.q_norm, module.k_norm] if has_norms else []
-    is_light = all(isinstance(part, PackedLinear) for part in parts) and all(
-        isinstance(norm, Norm) for norm in norms
-    )
-    turns: Any = getattr(inspect.getmodule(kind), "apply_rotary_pos_emb", None)
-    if not is_light or module.head_dim % trunk.STEP or turns is None or not alike(turns, _ROTARY):
+    is_light = all(isinstance(part, PackedLinear) for part in parts)
+    ours = [norm for norm in norms if isinstance(norm, Norm)]
+    if not is_light or len(ours) < len(norms):
         return None
     try:
-        return _Joined(parts, norms, module.head_dim)
+        return _Joined(parts, ours, module.head_dim)
     except InvalidInput:
         return None
