@@ -65,8 +65,9 @@ def test_views_of_an_expert_are_made_once_and_go_with_it(checkpoint: Callable[..
 
     def look(key: Key) -> tuple[int, torch.Tensor]:
         [(_, lease)] = engine.cache.fetch([key])
-        views = engine.view(layer, key, lease)
-        assert views is engine.view(layer, key, lease)
+        views, stays = engine.view(layer, key, lease)
+        assert stays
+        assert views is engine.view(layer, key, lease)[0]
         return id(views), views["down_proj"].clone()
 
     seen, wanted = look(first)

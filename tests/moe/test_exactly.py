@@ -64,6 +64,40 @@ def test_biases_and_tied_heads_keep_their_bits(checkpoint: Callable[..., Path], 
     same(stock(saved, torch.bfloat16), load_moe(saved, "1MiB", dtype=torch.bfloat16), prompt(2), tokens=16)
 
 
+def test_another_attention_keeps_its_bits(folder: Path) -> None:
+    one, other = stock(folder, torch.bfloat16), load_moe(folder, "1MiB", dtype=torch.bfloat16)
+    for model in (one, other):
+        model.set_attn_implementation("eager")
+    same(one, other, prompt(), tokens=8)
+
+
+def test_another_cache_keeps_its_bits(folder: Path) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+    models = stock(folder, torch.bfloat16), load_moe(folder, "1MiB", dtype=torch.bfloat16)
+    texts = [each.generate(prompt(), pad_token_id=0, **options) for each in models]
+    assert torch.equal(*texts)
+
+
+class Adapted(nn.Module):
+    """Stands where an adapter of peft would."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) * 1.5
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_norm", "o_proj"])
+def test_what_took_the_place_of_a_part_is_heeded(folder: Path, name: str) -> None:
+    one, other = stock(folder, torch.bfloat16), load_moe(folder, "1MiB", dtype=torch.bfloat16)
+    for model in (one, other):
+        attention = model.model.layers[1].self_attn
+        setattr(attention, name, Adapted(getattr(attention, name)))
+    same(one, other, prompt(), tokens=8)
+
+
 def test_modules_stay_what_they_were(folder: Path) -> None:
     model = stock(folder, torch.bfloat16)
     kinds = [type(each) for each in model.modules()]

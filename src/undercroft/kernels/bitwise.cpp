@@ -21,7 +21,7 @@ constexpr uint16_t kNotANumber = 0x7fc0;
 constexpr int64_t kPlaces = 64;
 constexpr int kQuarters = 4;        // vectors of sixteen places
 constexpr int64_t kSixteen = 16;
-constexpr int64_t kPanel = 32;      // outputs of a task
+constexpr int64_t kPanel = 64;       // outputs of a task
 constexpr int kRows = 3, kOutputs = 2;  // of a tile: its sums fill twelve of sixteen registers
 
 // One product, as kernels/bitwise.py lays it out: out[rows, outputs] = x[rows, columns] times weight[outputs, columns].
@@ -34,6 +34,12 @@ struct Product {
   uint16_t* out;
 };
 
+#if defined(__x86_64__)
+#define TARGET TARGET_AVX2
+#else
+#define TARGET
+#endif
+
 inline float number(uint16_t bf16) { return float_of(static_cast<int32_t>(uint32_t{bf16} << 16)); }
 
 // Where a product's rows, taken apart, begin among all, and its first task; rows that two in turn share are there once.
@@ -42,8 +48,6 @@ struct Part {
 };
 
 #if defined(__x86_64__)
-#define TARGET TARGET_AVX2
-
 struct Pair {
   __m256 even, odd;
 };
@@ -163,8 +167,12 @@ TARGET void multiply(const Product& p, const float* x, int64_t columns, int64_t 
     }
   }
 }
-#undef TARGET
 #endif
+
+// out[width] = out + row * share, both rounded.
+TARGET void add(const uint16_t* row, float share, int64_t width, uint16_t* out) {
+  for (int64_t d = 0; d < width; d++) out[d] = to_bf16(number(out[d]) + number(to_bf16(number(row[d]) * share)));
+}
 
 }  // namespace
 
@@ -206,9 +214,6 @@ bool undercroft_bitwise_multiply(int threads, int64_t columns, int64_t count, co
 void undercroft_bitwise_add_up(int64_t width, int64_t count, const uint16_t* rows, const int64_t* order,
                                const float* shares, uint16_t* out) {
   std::fill_n(out, width, uint16_t{0});
-  for (int64_t i = 0; i < count; i++) {
-    const uint16_t* const row = rows + order[i] * width;
-    for (int64_t d = 0; d < width; d++) out[d] = to_bf16(number(out[d]) + number(to_bf16(number(row[d]) * shares[i])));
-  }
+  for (int64_t i = 0; i < count; i++) add(rows + order[i] * width, shares[i], width, out);
 }
 }

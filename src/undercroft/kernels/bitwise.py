@@ -53,20 +53,21 @@ def reproduces(columns: int) -> bool:
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `linear` computes these here: bfloat16 on the CPU, nobody differentiates, and it has PyTorch's bits."""
+    return takes_all(x, [(weight, bias)])
+
+
+def takes_all(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> bool:
+    """Whether it does so with each of some layers, a weight and a bias or None."""
     return (
-        x.dtype is weight.dtype is torch.bfloat16
+        x.dtype is torch.bfloat16
         and is_plain(x)
         and x.is_cpu
-        and weight.is_cpu
-        and weight.dim() == 2 <= x.dim()
-        and x.shape[-1] == weight.shape[1]
+        and x.dim() > 1
         and x.numel() > 0
-        and weight.numel() > 0
         and x.is_contiguous()
-        and weight.is_contiguous()
-        and (bias is None or _is_bias(bias, weight))
         and not torch.is_autocast_enabled("cpu")
-        and reproduces(weight.shape[1])
+        and all(_is_layer(x.shape[-1], weight, bias) for weight, bias in layers)
+        and reproduces(x.shape[-1])
     )
 
 
@@ -107,7 +108,7 @@ def side_by_side(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> T
 
     Args:
         x: (..., columns), of one row.
-        layers: weight (outputs, columns) and bias of each; `takes` allows each with x.
+        layers: weight (outputs, columns) and bias of each; `takes_all` allows these.
 
     Returns:
         (all outputs,).
@@ -201,10 +202,13 @@ def _native() -> _Native | None:
     return None if compiled is None else _Native(compiled)
 
 
-def _is_bias(bias: Tensor, weight: Tensor) -> bool:
-    return (
-        bias.dtype is weight.dtype and bias.shape == weight.shape[:1] and bias.is_cpu and bias.is_contiguous()
-    )
+def _is_layer(columns: int, weight: Tensor, bias: Tensor | None) -> bool:
+    fits = weight.dim() == 2 and weight.shape[1] == columns and _is_known(weight)
+    return fits and (bias is None or (bias.shape == weight.shape[:1] and _is_known(bias)))
+
+
+def _is_known(tensor: Tensor) -> bool:
+    return tensor.dtype is torch.bfloat16 and tensor.is_cpu and tensor.is_contiguous() and tensor.numel() > 0
 
 
 @torch.no_grad()

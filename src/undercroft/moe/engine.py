@@ -228,15 +228,19 @@ class Engine:
         """An expert's parameters as the model takes them, over a lease that holds it."""
         return taken(self._source.parameters(key, lease), layer)
 
-    def view(self, layer: ServedLayer, key: Key, lease: Lease) -> Mapping[str, Tensor]:
-        """The same, for as long as the lease lives and no longer; views of its bytes are made once while it stays."""
+    def view(self, layer: ServedLayer, key: Key, lease: Lease) -> tuple[Mapping[str, Tensor], bool]:
+        """The same, for as long as the lease lives and no longer, and whether they are nothing but views of its bytes.
+
+        Such are made once while the expert stays.
+        """
         known = self._opened.get(lease.first)
         if known is not None and known[0] == key:  # what leaves hands its room on
-            return known[1]
+            return known[1], True
         opened = self.open(layer, key, lease.first)
-        if lies_in(lease, opened):
+        stays = all(type(each) is Tensor and _is_in(lease, each) for each in opened.values())
+        if stays:
             self._opened[lease.first] = (key, opened)
-        return opened
+        return opened, stays
 
     def block(self, key: Key, lease: Lease) -> Block:
         """An expert as the kernels take it, for as long as the lease lives."""
@@ -342,11 +346,11 @@ class LayerService:
         arrived.reverse()
         while arrived:
             key, lease = arrived.pop()
-            expert, parts = places[key].expert, self._engine.view(self._layer, key, lease)
-            if lies_in(lease, parts):
-                kept.append((expert, lease, parts))
+            parts, stays = self._engine.view(self._layer, key, lease)
+            if stays:
+                kept.append((places[key].expert, lease, parts))
             else:
-                made.append(((expert,), feed_forward(x, parts)))
+                made.append(((places[key].expert,), feed_forward(x, parts)))
             del lease, parts
         if kept:
             rows = feed_forward.of_each(x, [parts for _, _, parts in kept])
@@ -389,12 +393,8 @@ class LayerService:
         return key
 
 
-def lies_in(lease: Lease, parts: Mapping[str, Tensor]) -> bool:
-    """Whether an expert's parameters are views of its lease, and nothing that was made of it."""
-    return all(
-        type(each) is Tensor and 0 <= each.data_ptr() - lease.address < lease.nbytes
-        for each in parts.values()
-    )
+def _is_in(lease: Lease, tensor: Tensor) -> bool:
+    return 0 <= tensor.data_ptr() - lease.address < lease.nbytes
 
 
 def taken(found: Mapping[str, Tensor | PackedMatrix], layer: ServedLayer) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from undercroft.moe.usual_attention import norms_of
 
 _attentions: Any = ALL_ATTENTION_FUNCTIONS
 _ATTENTION = "sdpa"
+_LINEAR, _NORMS = ("q_proj", "k_proj", "v_proj"), ("q_norm", "k_norm")
 _PARTS = "_undercroft_parts"
 
 
@@ -51,21 +52,25 @@ class _Parts:
     """
 
     def __init__(self, layer: Any, norms: Sequence[nn.Module]) -> None:
-        self._linear = [layer.q_proj, layer.k_proj, layer.v_proj]
+        self._linear: list[Any] = [getattr(layer, name) for name in _LINEAR]
         self._norms = norms
         width: int = layer.head_dim
         self.heads = (layer.q_proj.out_features // width, layer.k_proj.out_features // width)
         self.fits = turns(width) and all(not norms or normalises(width, each) for each in self.heads)
 
-    def are_of(self, layer: Any) -> bool:
+    def are_of(self, layer: nn.Module) -> bool:
         """Whether these are a layer's parts still: an adapter may have taken their place."""
-        norms = [layer.q_norm, layer.k_norm] if self._norms else self._norms
-        return [layer.q_proj, layer.k_proj, layer.v_proj] == self._linear and norms == self._norms
+        now = (
+            layer._modules
+        )  # in the place of attributes, each of which takes a module as long as a small product
+        is_same = all(now[name] is each for name, each in zip(_LINEAR, self._linear, strict=True))
+        return is_same and all(now[name] is each for name, each in zip(_NORMS, self._norms, strict=False))
 
     def projected(self, x: Tensor) -> Tensor:
         """One row's queries, keys and values, one behind another: (outputs of all)."""
-        if all(bitwise.takes(x, each.weight, each.bias) for each in self._linear):
-            return bitwise.side_by_side(x, [(each.weight, each.bias) for each in self._linear])
+        layers = [(each.weight, each.bias) for each in self._linear]
+        if bitwise.takes_all(x, layers):
+            return bitwise.side_by_side(x, layers)
         return torch.cat([each(x).flatten() for each in self._linear])
 
     def turn(self, x: Tensor, cosines: Tensor, sines: Tensor) -> None:
@@ -129,7 +134,7 @@ def _parts(layer: nn.Module) -> _Parts | None:
     norms, module = norms_of(layer), cast("Any", layer)
     if norms is None:
         return None
-    linear = [module.q_proj, module.k_proj, module.v_proj]
+    linear = [getattr(module, name) for name in _LINEAR]
     weights = [each.weight for each in (*linear, *norms)]
     eps = {cast("Any", norm).variance_epsilon for norm in norms}
     if len(eps) > 1 or any(each.dtype is not torch.bfloat16 or not each.is_cpu for each in weights):
