@@ -60,9 +60,8 @@ class _Parts:
 
     def are_of(self, layer: nn.Module) -> bool:
         """Whether these are a layer's parts still: an adapter may have taken their place."""
-        now = (
-            layer._modules
-        )  # in the place of attributes, each of which takes a module as long as a small product
+        # Each attribute of a module takes as long as a small product.
+        now = layer._modules  # pyright: ignore[reportPrivateUsage]
         is_same = all(now[name] is each for name, each in zip(_LINEAR, self._linear, strict=True))
         return is_same and all(now[name] is each for name, each in zip(_NORMS, self._norms, strict=False))
 
