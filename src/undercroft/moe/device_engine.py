@@ -324,4 +324,4 @@ class DeviceService:
         if sizes is not None and feed_forward.is_silu and x.dtype in DTYPES:
             return feed_forwards(x, [self._engine.block(key, lease) for key, lease in arrived], sizes)
         opened = (self._engine.open(self._layer, key, lease) for key, lease in arrived)
-        return torch.cat([feed_forward(x, each) for each in opened])
+        return torch.cat([feed_forward.of_each(x, [each]) for each in opened])

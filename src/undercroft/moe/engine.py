@@ -350,7 +350,7 @@ class LayerService:
             if stays:
                 kept.append((places[key].expert, lease, parts))
             else:
-                made.append(((places[key].expert,), feed_forward(x, parts)))
+                made.append(((places[key].expert,), feed_forward.of_each(x, [parts])))
             del lease, parts
         if kept:
             rows = feed_forward.of_each(x, [parts for _, _, parts in kept])

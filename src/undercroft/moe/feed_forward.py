@@ -43,7 +43,8 @@ class FeedForward(NamedTuple):
     def of_each(self, x: Tensor, experts: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """What each expert makes of one token (1, width), (experts, width): the bits are those of a call for each."""
         if not _are_bitwise(x, experts):
-            return torch.cat([self(x, parts) for parts in experts])
+            made = [self(x, parts) for parts in experts]
+            return made[0] if len(made) == 1 else torch.cat(made)
         gates, ups = bitwise.gates_and_ups(x, [parts[_GATE_UP] for parts in experts])
         return bitwise.row_by_row(self._activated(gates) * ups, [parts[_DOWN] for parts in experts])
 
