@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from undercroft.kernels import bitwise
+from undercroft.kernels.bitwise_attention import attends
 from undercroft.moe.exactly import Products, hasten
 from undercroft.moe.feed_forward import FeedForward
 from undercroft.moe.load import load_moe
@@ -96,6 +97,31 @@ def test_what_took_the_place_of_a_part_is_heeded(folder: Path, name: str) -> Non
         attention = model.model.layers[1].self_attn
         setattr(attention, name, Adapted(getattr(attention, name)))
     same(one, other, prompt(), tokens=8)
+
+
+@pytest.mark.parametrize("length", [1, 7, 510, 1022])
+def test_tokens_after_a_long_text_keep_their_bits(folder: Path, length: int) -> None:
+    model = load_moe(folder, "4MiB", dtype=torch.bfloat16)
+    same(stock(folder, torch.bfloat16), model, prompt(1, length), tokens=8)
+
+
+def attended_by_pytorch(model: Any, **inputs: Tensor) -> int:
+    """How many layers' attention of a token PyTorch computes, after a text of 12 tokens."""
+    with torch.no_grad():
+        cache = model(input_ids=prompt()).past_key_values
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model(input_ids=prompt(1, 1), past_key_values=cache, **inputs)
+    return sum(event.name == "aten::scaled_dot_product_attention" for event in profile.events() or ())
+
+
+def test_a_token_is_attended_for_here_unless_something_is_masked(folder: Path) -> None:
+    model = load_moe(folder, "1MiB", dtype=torch.bfloat16)
+    layers, config = model.config.num_hidden_layers, model.config
+    shape = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    assert attended_by_pytorch(model) == (0 if attends(*shape) else layers)
+    padded = torch.ones(1, 13, dtype=torch.long)
+    padded[0, :3] = 0
+    assert attended_by_pytorch(model, attention_mask=padded) == layers
 
 
 def test_modules_stay_what_they_were(folder: Path) -> None:

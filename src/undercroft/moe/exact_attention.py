@@ -1,8 +1,8 @@
 """A whole attention layer for one token in few calls that have PyTorch's bits, where transformers makes some thirty.
 
 A layer whose forward is, instruction by instruction, Qwen3-MoE's, Qwen2-MoE's or Mixtral's does a single token of a
-single row this way, in bfloat16 by PyTorch's attention, and everything else its own. It knows these forwards; not where
-weights come from.
+single row this way, in bfloat16 by PyTorch's attention or a kernel with its bits, and everything else its own. It knows
+these forwards; not where weights come from.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from undercroft.kernels import bitwise
+from undercroft.kernels import bitwise, bitwise_attention
 from undercroft.kernels.bitwise_trunk import normalises, turn, turns
 from undercroft.kernels.linear import is_plain
+from undercroft.moe.attention import OTHERWISE
 from undercroft.moe.mixed import put_before
 from undercroft.moe.usual_attention import norms_of
 
 _attentions: Any = ALL_ATTENTION_FUNCTIONS
+_stock_attention: Any = sdpa_attention.sdpa_attention_forward  # pyright: ignore
 _ATTENTION = "sdpa"
 _LINEAR, _NORMS = ("q_proj", "k_proj", "v_proj"), ("q_norm", "k_norm")
 _PARTS = "_undercroft_parts"
@@ -111,11 +114,19 @@ class _Short:
         (queries, keys), states = parts.heads, x.view(1, -1, 1, layer.head_dim)
         query, key, value = states.tensor_split((queries, queries + keys), dim=1)
         key, value = past_key_values.update(key, value, layer.layer_idx)
-        attention: Any = _attentions[_ATTENTION]
-        seen, weights = attention(
-            layer, query, key, value, attention_mask, dropout=0.0, scaling=layer.scaling, **kwargs
-        )
+        seen, weights = _attend(layer, query, key, value, attention_mask, kwargs)
         return layer.o_proj(seen.reshape(1, 1, -1)), weights
+
+
+def _attend(
+    layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    attention: Any = _attentions[_ATTENTION]
+    usual = attention is _stock_attention and mask is None
+    usual = usual and all(kwargs.get(name) is None for name in OTHERWISE)
+    if usual and bitwise_attention.takes(query, key, value):
+        return bitwise_attention.attend(query, key, value, layer.scaling), None
+    return attention(layer, query, key, value, mask, dropout=0.0, scaling=layer.scaling, **kwargs)
 
 
 def _is_token(layer: Any, hidden: Tensor) -> bool:
