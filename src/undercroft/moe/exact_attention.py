@@ -60,6 +60,7 @@ class _Parts:
         width: int = layer.head_dim
         self.heads = (layer.q_proj.out_features // width, layer.k_proj.out_features // width)
         self.fits = turns(width) and all(not norms or normalises(width, each) for each in self.heads)
+        bitwise_attention.attends(*self.heads, width)  # is tried once, rather now than at the first token
 
     def are_of(self, layer: nn.Module) -> bool:
         """Whether these are a layer's parts still: an adapter may have taken their place."""
