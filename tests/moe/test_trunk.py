@@ -18,6 +18,7 @@ from undercroft.moe.light import lighten
 from undercroft.moe.load import load_moe
 from undercroft.moe.pack import pack
 from undercroft.moe.quality import Quality
+from undercroft.moe.light_attention import joined
 from undercroft.moe.token_attention import shorten
 from undercroft.moe.token_router import shorten_routers
 from undercroft.moe.trunk import Norm, PackedLinear, quantise_trunk, replace_norms
@@ -68,7 +69,7 @@ def test_a_token_takes_the_short_way_to_the_same_place(family: Family) -> None:
     make, build = family
     model: Any = build(tiny_config(make)).eval()
     fill(model, 0)
-    assert shorten(model) == 0  # nothing is packed
+    assert shorten(model.modules(), joined) == 0  # nothing is packed
     quantise_trunk(model, experts=8)
     other = deepcopy(model)
     lighten(other, experts=8)

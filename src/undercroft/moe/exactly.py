@@ -16,8 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from undercroft.kernels import bitwise
 from undercroft.kernels.bitwise_trunk import normalises, rms_norm
 from undercroft.moe.alike import alike
-from undercroft.moe.exact_attention import is_here, shorten
+from undercroft.moe.exact_attention import is_here, parts
 from undercroft.moe.mixed import put_before
+from undercroft.moe.token_attention import shorten
 
 
 class Products(TorchFunctionMode):
@@ -33,7 +34,7 @@ class Products(TorchFunctionMode):
 def hasten(model: nn.Module) -> int:
     """Let linear layers, norms and attention layers of a model in bfloat16 do so; how many there are that can."""
     modules = list(model.modules())
-    return _multiply_here(modules) + _normalise_here(modules) + shorten(modules)
+    return _multiply_here(modules) + _normalise_here(modules) + shorten(modules, parts)
 
 
 def _multiply_here(modules: Sequence[nn.Module]) -> int:

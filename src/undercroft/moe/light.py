@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from undercroft.kernels import trunk
 from undercroft.moe.attention import attend_here
+from undercroft.moe.light_attention import joined
 from undercroft.moe.token_attention import shorten
 from undercroft.moe.token_router import shorten_routers
 from undercroft.moe.trunk import quantise_trunk, replace_norms
@@ -26,4 +27,4 @@ def lighten(model: PreTrainedModel, *, experts: int) -> None:
         replace_norms(model)
         shorten_routers(model)
         if attend_here(model):
-            shorten(model)
+            shorten(model.modules(), joined)

@@ -1,70 +1,61 @@
-"""A whole attention layer for one token in six calls, where transformers makes some forty.
+"""A whole attention layer for one token in few calls, where transformers makes some forty.
 
 Between the products of a large model no cache is warm, so a call that computes next to nothing costs as much as one
 that multiplies a small matrix. A layer whose forward is, instruction by instruction, Qwen3-MoE's, Qwen2-MoE's or
-Mixtral's does a single token of a single row this way, and everything else its own. It knows these three forwards; not
-where weights come from.
+Mixtral's (`usual_attention`) does a single token of a single row this way, and everything else its own. It knows these
+forwards; not what computes their parts.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from undercroft.errors import InvalidInput
-from undercroft.kernels import trunk
-from undercroft.kernels.linear import Weight, is_plain
-from undercroft.moe.attention import OTHERWISE, attention
 from undercroft.moe.mixed import put_before
-from undercroft.moe.trunk import Norm, PackedLinear
-from undercroft.moe.usual_attention import norms_of
+
+_WAY = "_undercroft_way"
 
 
-def shorten(model: nn.Module) -> int:
-    """Let those attention layers of a model do a token this way that can; how many there are.
-
-    Their linear layers are `PackedLinear`, their norms `Norm`, and the model attends by `attention`.
-    """
-    number = 0
-    for module in model.modules():
-        joined = _joined(module)
-        if joined is not None:
-            put_before(_Short, module)
-            setattr(module, _JOINED, joined)
-            number += 1
-    return number
-
-
-class _Joined:
-    """What a layer needs for one token.
+class Way(Protocol):
+    """How the parts of one layer are computed.
 
     Attributes:
-        weight: of queries, keys and values.
-        bias: of these, or None.
-        heads: how many queries and how many keys.
-        norms: weights of theirs, or None.
-        least: of the norms.
-
-    Raises:
-        InvalidInput: these parts cannot be joined.
+        heads: how many queries, and how many keys.
     """
 
-    def __init__(self, parts: list[PackedLinear], norms: list[Norm], width: int) -> None:
-        biases = [part.bias for part in parts if part.bias is not None]
-        if len(biases) not in (0, len(parts)) or len({norm.variance_epsilon for norm in norms}) > 1:
-            raise InvalidInput("all parts have a bias or none, and norms are alike")
-        self._parts = parts
-        self.weight = Weight.joined([part.packed for part in parts])
-        self.bias = torch.cat(list[Tensor](biases)) if biases else None
-        self.heads = (parts[0].out_features // width, parts[1].out_features // width)
-        self.norms = (norms[0].weight, norms[1].weight) if norms else None
-        self.least = norms[0].variance_epsilon if norms else 0.0
+    heads: tuple[int, int]
 
-    def is_of(self, layer: Any) -> bool:
-        """Whether these are a layer's parts still: an adapter may have taken their place."""
-        return [layer.q_proj, layer.k_proj, layer.v_proj] == self._parts
+    def takes(self, layer: Any, hidden: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> bool:
+        """Whether it does what the layer would, for one token, with what else its forward was given."""
+        ...
+
+    def turned(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """A token's queries and keys, turned by its place in the text, and its values, one head behind another."""
+        ...
+
+    def attend(
+        self,
+        layer: Any,
+        states: tuple[Tensor, Tensor, Tensor],
+        mask: Tensor | None,
+        options: Mapping[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """What queries see of all keys and values, (1, 1, heads, width), and weights if there are any."""
+        ...
+
+
+def shorten(modules: Iterable[nn.Module], way_of: Callable[[nn.Module], Way | None]) -> int:
+    """Let those attention layers do a token this way that have one; how many there are."""
+    number = 0
+    for module in modules:
+        way = way_of(module)
+        if way is not None:
+            put_before(_Short, module)
+            setattr(module, _WAY, way)
+            number += 1
+    return number
 
 
 class _Short:
@@ -80,10 +71,9 @@ class _Short:
     ) -> tuple[Tensor, Tensor | None]:
         """As the layer's own."""
         layer: Any = self
-        joined: _Joined = getattr(layer, _JOINED)
-        is_one = hidden_states.shape[:-1] == (1, 1) and attention_mask is None and is_plain(hidden_states)
-        is_usual = joined.is_of(layer) and all(kwargs.get(name) is None for name in OTHERWISE)
-        if past_key_values is None or not is_one or not is_usual:
+        way: Way = getattr(layer, _WAY)
+        is_one = hidden_states.shape[:-1] == (1, 1) and past_key_values is not None
+        if not is_one or not way.takes(layer, hidden_states, attention_mask, kwargs):
             stock: Any = super()
             return stock.forward(
                 hidden_states=hidden_states,
@@ -92,36 +82,9 @@ class _Short:
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        x = joined.weight(hidden_states)
-        if joined.bias is not None:
-            x += joined.bias
-        cosines, sines = position_embeddings
-        trunk.turn(x, joined.heads, cosines, sines, joined.norms, joined.least)
-        (queries, keys), states = joined.heads, x.view(1, -1, 1, layer.head_dim)
-        query, key, value = (
-            states[:, :queries],
-            states[:, queries : queries + keys],
-            states[:, queries + keys :],
-        )
+        turned = way.turned(hidden_states, *position_embeddings)
+        (queries, keys), heads = way.heads, turned.view(1, -1, 1, layer.head_dim)
+        query, key, value = heads.tensor_split((queries, queries + keys), dim=1)
         key, value = past_key_values.update(key, value, layer.layer_idx)
-        seen, _ = attention(layer, query, key, value, None, scaling=layer.scaling)
-        return layer.o_proj(seen.reshape(1, 1, -1)), None
-
-
-_JOINED = "_undercroft_joined"
-
-
-def _joined(layer: nn.Module) -> _Joined | None:
-    """What a layer's parts make together, if it is one of those known here."""
-    norms, module = norms_of(layer), cast("Any", layer)
-    if norms is None or module.head_dim % trunk.STEP:
-        return None
-    parts = [module.q_proj, module.k_proj, module.v_proj]
-    is_light = all(isinstance(part, PackedLinear) for part in parts)
-    ours = [norm for norm in norms if isinstance(norm, Norm)]
-    if not is_light or len(ours) < len(norms):
-        return None
-    try:
-        return _Joined(parts, ours, module.head_dim)
-    except InvalidInput:
-        return None
+        seen, weights = way.attend(layer, (query, key, value), attention_mask, kwargs)
+        return layer.o_proj(seen.reshape(1, 1, -1)), weights
