@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from undercroft.moe.mixed import put_before
 
-_WAY = "_undercroft_way"
+_WAY = "_undercroft_attention"
 
 
 class Way(Protocol):
@@ -72,8 +72,9 @@ class _Short:
         """As the layer's own."""
         layer: Any = self
         way: Way = getattr(layer, _WAY)
-        is_one = hidden_states.shape[:-1] == (1, 1) and past_key_values is not None
-        if not is_one or not way.takes(layer, hidden_states, attention_mask, kwargs):
+        is_one = hidden_states.shape[:-1] == (1, 1)
+        is_known = is_one and way.takes(layer, hidden_states, attention_mask, kwargs)
+        if past_key_values is None or not is_known:
             stock: Any = super()
             return stock.forward(
                 hidden_states=hidden_states,
