@@ -15,10 +15,10 @@ from tests.moe.test_served import distance
 from undercroft.kernels import trunk
 from undercroft.moe.attention import IMPLEMENTATION, attend_here
 from undercroft.moe.light import lighten
+from undercroft.moe.light_attention import joined
 from undercroft.moe.load import load_moe
 from undercroft.moe.pack import pack
 from undercroft.moe.quality import Quality
-from undercroft.moe.light_attention import joined
 from undercroft.moe.token_attention import shorten
 from undercroft.moe.token_router import shorten_routers
 from undercroft.moe.trunk import Norm, PackedLinear, quantise_trunk, replace_norms
