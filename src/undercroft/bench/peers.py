@@ -136,6 +136,10 @@ def _bout(
             alive[name] = stack.enter_context(_start(settings, place, limit, bits, name))
             try:
                 logits[name] = alive[name].hear()["logits"]
+            except SideEnded as ended:
+                lost[name] = str(ended)
+        for name in [name for name in alive if name not in lost]:
+            try:  # not before, for what one side loads may take from another what it had near
                 alive[name].ask(str(settings.warms_up(limit)))
             except SideEnded as ended:
                 lost[name] = str(ended)
