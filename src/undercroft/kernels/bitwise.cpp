@@ -40,8 +40,6 @@ struct Product {
 #define TARGET
 #endif
 
-inline float number(uint16_t bf16) { return float_of(static_cast<int32_t>(uint32_t{bf16} << 16)); }
-
 // Where a product's rows, taken apart, begin among all, and its first task; rows that two in turn share are there once.
 struct Part {
   int64_t row, task;
@@ -83,7 +81,7 @@ TARGET inline uint16_t rounded(const Pair* quarters, const uint16_t* bias, int64
   const __m256 odd = _mm256_add_ps(_mm256_add_ps(quarters[0].odd, quarters[2].odd),
                                    _mm256_add_ps(quarters[1].odd, quarters[3].odd));
   float sum = total(even) + total(odd);
-  if (bias != nullptr) sum += number(bias[output]);
+  if (bias != nullptr) sum += from_bf16(bias[output]);
   return std::isnan(sum) ? kNotANumber : to_bf16(sum);
 }
 
@@ -171,7 +169,7 @@ TARGET void multiply(const Product& p, const float* x, int64_t columns, int64_t 
 
 // out[width] = out + row * share, both rounded.
 TARGET void add(const uint16_t* row, float share, int64_t width, uint16_t* out) {
-  for (int64_t d = 0; d < width; d++) out[d] = to_bf16(number(out[d]) + number(to_bf16(number(row[d]) * share)));
+  for (int64_t d = 0; d < width; d++) out[d] = to_bf16(from_bf16(out[d]) + from_bf16(to_bf16(from_bf16(row[d]) * share)));
 }
 
 }  // namespace

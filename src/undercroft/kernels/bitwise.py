@@ -51,6 +51,11 @@ def reproduces(columns: int) -> bool:
     return all(_agree(rows, outputs, columns, draw) for rows in _ROWS for outputs in _OUTPUTS)
 
 
+def is_here(x: Tensor) -> bool:
+    """Whether a kernel may compute with a tensor of the CPU: in one piece, and nobody differentiates or casts."""
+    return is_plain(x) and x.is_cpu and x.is_contiguous() and not torch.is_autocast_enabled("cpu")
+
+
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `linear` computes these here: bfloat16 on the CPU, nobody differentiates, and it has PyTorch's bits."""
     return takes_all(x, [(weight, bias)])
@@ -60,13 +65,10 @@ def takes_all(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> bool
     """Whether it does so with each of some layers, a weight and a bias or None."""
     return (
         x.dtype is torch.bfloat16
-        and is_plain(x)
-        and x.is_cpu
+        and is_here(x)
         and x.dim() > 1
         and x.numel() > 0
-        and x.is_contiguous()
-        and not torch.is_autocast_enabled("cpu")
-        and all(_is_layer(x.shape[-1], weight, bias) for weight, bias in layers)
+        and all(knows(x.shape[-1], weight, bias) for weight, bias in layers)
         and reproduces(x.shape[-1])
     )
 
@@ -195,14 +197,12 @@ def _multiply(columns: int, fields: Sequence[int]) -> None:
 
 @cache
 def _native() -> _Native | None:
-    products = library.load()
-    if products is None or "avx2" not in products.instructions:
-        return None
-    compiled = library.compiled("bitwise")
+    compiled = library.compiled_with_avx2("bitwise")
     return None if compiled is None else _Native(compiled)
 
 
-def _is_layer(columns: int, weight: Tensor, bias: Tensor | None) -> bool:
+def knows(columns: int, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether a layer of so many columns, and its bias, are what `linear` computes with: bfloat16, in one piece."""
     fits = weight.dim() == 2 and weight.shape[1] == columns and _is_known(weight)
     return fits and (bias is None or (bias.shape == weight.shape[:1] and _is_known(bias)))
 

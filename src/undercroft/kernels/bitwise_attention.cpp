@@ -173,7 +173,7 @@ TARGET float weigh(float* scores, int64_t count, float highest) {
   for (; i < count; i++) {
     const float weight = static_cast<float>(std::exp(static_cast<double>(scores[i] - highest)));
     sum += weight;
-    scores[i] = float_of(static_cast<int32_t>(uint32_t{to_bf16(weight)} << 16));
+    scores[i] = from_bf16(to_bf16(weight));
   }
   return sum;
 }

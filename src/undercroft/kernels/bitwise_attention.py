@@ -125,10 +125,7 @@ def _lies_in_rows(x: Tensor) -> bool:
 
 @cache
 def _native() -> _Native | None:
-    products = library.load()
-    if products is None or "avx2" not in products.instructions:
-        return None
-    compiled = library.compiled("bitwise_attention")
+    compiled = library.compiled_with_avx2("bitwise_attention")
     return None if compiled is None else _Native(compiled)
 
 

@@ -11,8 +11,6 @@
 
 namespace {
 
-inline float to_float(uint16_t bf16) { return float_of(static_cast<int32_t>(uint32_t{bf16} << 16)); }
-
 // The nearest number of bfloat16, ties to even; a NaN stays one. `to_bf16` does it in 16 bits, which takes twice as long.
 inline float nearest(float value) {
   const uint32_t bits = static_cast<uint32_t>(bits_of(value)), nearest = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;

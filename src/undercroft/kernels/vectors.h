@@ -35,6 +35,8 @@ inline float float_of(int32_t bits) {
   return value;
 }
 
+inline float from_bf16(uint16_t value) { return float_of(static_cast<int32_t>(uint32_t{value} << 16)); }
+
 inline uint16_t to_bf16(float value) {  // to the nearest, ties to even; a NaN stays one
   const uint32_t bits = static_cast<uint32_t>(bits_of(value)), nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const bool is_nan = (bits & 0x7fffffff) > static_cast<uint32_t>(kInfinity);
@@ -255,7 +257,7 @@ void load_input(const void* x, bool bf16, int64_t at, int64_t count, float* valu
     return;
   }
   const uint16_t* halves = static_cast<const uint16_t*>(x) + at;
-  for (int64_t i = 0; i < count; i++) values[i] = float_of(static_cast<int32_t>(uint32_t{halves[i]} << 16));
+  for (int64_t i = 0; i < count; i++) values[i] = from_bf16(halves[i]);
 }
 
 }  // namespace

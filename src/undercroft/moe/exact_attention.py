@@ -16,7 +16,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from undercroft.kernels import bitwise, bitwise_attention
 from undercroft.kernels.bitwise_trunk import normalises, turn, turns
-from undercroft.kernels.linear import is_plain
 from undercroft.moe.attention import OTHERWISE
 from undercroft.moe.usual_attention import norms_of
 
@@ -24,11 +23,6 @@ _attentions: Any = ALL_ATTENTION_FUNCTIONS
 _stock_attention: Any = sdpa_attention.sdpa_attention_forward  # pyright: ignore
 _ATTENTION = "sdpa"
 _LINEAR, _NORMS = ("q_proj", "k_proj", "v_proj"), ("q_norm", "k_norm")
-
-
-def is_here(x: Tensor) -> bool:
-    """Whether a kernel may compute with a tensor of the CPU: in one piece, and nobody differentiates or casts."""
-    return is_plain(x) and x.is_cpu and x.is_contiguous() and not torch.is_autocast_enabled("cpu")
 
 
 class Parts:
@@ -48,13 +42,14 @@ class Parts:
         width: int = layer.head_dim
         self.heads = (layer.q_proj.out_features // width, layer.k_proj.out_features // width)
         self.fits = turns(width) and all(not norms or normalises(width, each) for each in self.heads)
-        bitwise_attention.attends(*self.heads, width)  # is tried once, rather now than at the first token
+        if self.fits:
+            bitwise_attention.attends(*self.heads, width)  # is tried once, rather now than at the first token
 
     def takes(self, layer: Any, hidden: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> bool:
         """See `token_attention.Way`."""
         return (
             hidden.dtype is torch.bfloat16
-            and is_here(hidden)
+            and bitwise.is_here(hidden)
             and not layer.training
             and layer.config._attn_implementation == _ATTENTION
             and self._are_of(layer)

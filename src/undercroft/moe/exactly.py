@@ -6,6 +6,7 @@ It knows modules and torch's ways to multiply; not experts. Nothing changes by i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -16,9 +17,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from undercroft.kernels import bitwise
 from undercroft.kernels.bitwise_trunk import normalises, rms_norm
 from undercroft.moe.alike import alike
-from undercroft.moe.exact_attention import is_here, parts
+from undercroft.moe.exact_attention import parts
 from undercroft.moe.mixed import put_before
 from undercroft.moe.token_attention import shorten
+
+
+def products_of(x: Tensor) -> AbstractContextManager[object]:
+    """What to enter to multiply with a tensor: `Products` where these may take it, else nothing."""
+    return Products() if x.dtype is torch.bfloat16 and x.is_cpu else nullcontext()
 
 
 class Products(TorchFunctionMode):
@@ -70,7 +76,7 @@ class _Norm:
         norm: Any = self
         weight: Tensor = norm.weight
         is_token = hidden_states.numel() == weight.numel() and hidden_states.dtype is weight.dtype
-        if is_token and weight.dtype is torch.bfloat16 and is_here(hidden_states):
+        if is_token and weight.dtype is torch.bfloat16 and bitwise.is_here(hidden_states):
             return rms_norm(hidden_states, weight, norm.variance_epsilon)
         stock: Any = super()
         return stock.forward(hidden_states)

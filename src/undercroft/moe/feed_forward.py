@@ -61,13 +61,9 @@ class FeedForward(NamedTuple):
 
 def _are_bitwise(x: Tensor, experts: Sequence[Mapping[str, Tensor]]) -> bool:
     """Whether the kernels that have PyTorch's bits take these experts, which are of one shape."""
-    gate_up, down = experts[0][_GATE_UP], experts[0][_DOWN]
+    inner = experts[0][_DOWN].shape[-1]
     return (
-        bitwise.takes(x, gate_up)
-        and bitwise.reproduces(down.shape[-1])
-        and all(_is_plain(parts[_GATE_UP]) and _is_plain(parts[_DOWN]) for parts in experts)
+        bitwise.takes_all(x, [(parts[_GATE_UP], None) for parts in experts])
+        and bitwise.reproduces(inner)
+        and all(bitwise.knows(inner, parts[_DOWN]) for parts in experts)
     )
-
-
-def _is_plain(weight: Tensor) -> bool:
-    return type(weight) is Tensor and weight.dtype is torch.bfloat16 and weight.is_contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import cache
 
 from torch import nn
@@ -10,6 +11,20 @@ from torch import nn
 def put_before(mixin: type, module: nn.Module) -> None:
     """Let a module look into `mixin` first; it keeps its own class's name and bases."""
     module.__class__ = _mixed(mixin, type(module))
+
+
+def give_ways(
+    modules: Iterable[nn.Module], mixin: type, attribute: str, way_of: Callable[[nn.Module], object | None]
+) -> int:
+    """Put `mixin` before those modules that have a way, which each keeps as an attribute; how many there are."""
+    number = 0
+    for module in modules:
+        way = way_of(module)
+        if way is not None:
+            put_before(mixin, module)
+            setattr(module, attribute, way)
+            number += 1
+    return number
 
 
 @cache

@@ -20,7 +20,7 @@ from undercroft.errors import UnsupportedModel
 from undercroft.kernels import Block, Gated, add_up, bitwise, feed_forwards, mix
 from undercroft.kernels.linear import DTYPES
 from undercroft.moe.alike import alike
-from undercroft.moe.exactly import Products
+from undercroft.moe.exactly import products_of
 from undercroft.moe.feed_forward import FeedForward
 
 IMPLEMENTATION = "undercroft"
@@ -168,7 +168,7 @@ def streamed_forward(module: torch.nn.Module, hidden: Tensor, chosen: Tensor, we
     parameters = module.named_parameters(recurse=False)
     stacks = {name: _Stack(name, service, each, hidden.device) for name, each in parameters}
     try:
-        with Products():
+        with products_of(hidden):
             return forward(_Borrowed(module, stacks), hidden, chosen, weights)
     finally:
         service.close()

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from undercroft.moe.mixed import put_before
+from undercroft.moe.mixed import give_ways
 
 _WAY = "_undercroft_attention"
 
@@ -48,14 +48,7 @@ class Way(Protocol):
 
 def shorten(modules: Iterable[nn.Module], way_of: Callable[[nn.Module], Way | None]) -> int:
     """Let those attention layers do a token this way that have one; how many there are."""
-    number = 0
-    for module in modules:
-        way = way_of(module)
-        if way is not None:
-            put_before(_Short, module)
-            setattr(module, _WAY, way)
-            number += 1
-    return number
+    return give_ways(modules, _Short, _WAY, way_of)
 
 
 class _Short:

@@ -15,7 +15,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from undercroft.kernels import trunk
 from undercroft.kernels.linear import is_plain
 from undercroft.moe.alike import alike
-from undercroft.moe.mixed import put_before
+from undercroft.moe.mixed import give_ways
 
 _QWENS: Any = Qwen3MoeTopKRouter.forward  # pyright: ignore
 _MIXTRALS: Any = MixtralTopKRouter.forward  # pyright: ignore
@@ -31,14 +31,7 @@ class _Way(NamedTuple):
 
 def shorten_routers(model: nn.Module) -> int:
     """Let those routers of a model choose for a token this way that can; how many there are."""
-    number = 0
-    for module in model.modules():
-        way = _way(module)
-        if way is not None:
-            put_before(_Short, module)
-            setattr(module, _WAY, way)
-            number += 1
-    return number
+    return give_ways(model.modules(), _Short, _WAY, _way)
 
 
 class _Short:
