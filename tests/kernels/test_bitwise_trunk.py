@@ -275,7 +275,7 @@ def test_heads_are_turned_with_the_bits_of_qwen3s(
         bitwise_trunk.turn(found, (heads, key_heads), *angles, weights, layer.least)
         assert_same_bits(found[:used], layer.turned(x, *angles, normed=normed))
         assert torch.equal(found[used:], x[used:])
-        lanes = bitwise_trunk._lanes(width, heads)
+        lanes = bitwise_trunk.lanes_of(width, heads)
         assert lanes is not None
         for instructions in native.instructions:
             again = x.clone()

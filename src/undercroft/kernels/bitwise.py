@@ -109,21 +109,21 @@ def side_by_side(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> T
     """What some linear layers make of one row, one behind another, in one call.
 
     Args:
-        x: (..., columns), of one row.
+        x: of one row of columns, whatever its shape.
         layers: weight (outputs, columns) and bias of each; `takes_all` allows these.
 
     Returns:
         (all outputs,).
     """
-    columns = x.shape[-1]
-    out = x.new_empty(sum(len(weight) for weight, _ in layers))
-    at, size = out.data_ptr(), out.element_size()
+    outputs = [len(weight) for weight, _ in layers]
+    out = x.new_empty(sum(outputs))
+    begin, at, size = x.data_ptr(), out.data_ptr(), out.element_size()
     fields: list[int] = []
-    for weight, bias in layers:
+    for (weight, bias), rows in zip(layers, outputs, strict=True):
         addend = 0 if bias is None else bias.data_ptr()
-        fields += (x.data_ptr(), 1, weight.data_ptr(), addend, len(weight), at)
-        at += size * len(weight)
-    _multiply(columns, fields)
+        fields += (begin, 1, weight.data_ptr(), addend, rows, at)
+        at += size * rows
+    _multiply(x.numel(), fields)
     return out
 
 
@@ -203,11 +203,12 @@ def _native() -> _Native | None:
 
 def knows(columns: int, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether a layer of so many columns, and its bias, are what `linear` computes with: bfloat16, in one piece."""
-    fits = weight.dim() == 2 and weight.shape[1] == columns and _is_known(weight)
-    return fits and (bias is None or (bias.shape == weight.shape[:1] and _is_known(bias)))
+    fits = weight.dim() == 2 and weight.shape[1] == columns and is_weight(weight)
+    return fits and (bias is None or (bias.shape == weight.shape[:1] and is_weight(bias)))
 
 
-def _is_known(tensor: Tensor) -> bool:
+def is_weight(tensor: Tensor) -> bool:
+    """Whether kernels here can compute with it: bfloat16 on the CPU, in one piece."""
     return tensor.dtype is torch.bfloat16 and tensor.is_cpu and tensor.is_contiguous() and tensor.numel() > 0
 
 

@@ -32,7 +32,7 @@ _FAR = 1 << 31  # MKL's numbers end there
 _SPREAD = 128.0  # makes scores of some size of what rounding leaves of a sum
 
 
-class _Native:
+class BitwiseAttention:
     """The compiled kernel."""
 
     def __init__(self, compiled: ctypes.CDLL) -> None:
@@ -61,7 +61,7 @@ def attends(heads: int, key_heads: int, width: int) -> bool:
     The first call for a shape compares, in half a second; PyTorch's random numbers stay as they are.
     A single head is refused: PyTorch would add up its values in an order that depends on the number of threads.
     """
-    if _native() is None or key_heads < 1 or heads < 2 or heads % key_heads:
+    if load() is None or key_heads < 1 or heads < 2 or heads % key_heads:
         return False
     if width % STEP or not 0 < width <= WIDEST:
         return False
@@ -95,7 +95,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     Raises:
         InvalidInput: they are not so.
     """
-    native = _native()
+    native = load()
     if native is None or not _fits(query, keys, values):
         shapes = ", ".join(f"{list(each.shape)} of {each.dtype}" for each in (query, keys, values))
         raise InvalidInput(f"no attention of one query with PyTorch's bits: {shapes}")
@@ -104,29 +104,41 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
 
 def _fits(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     return (
-        query.dim() == keys.dim() == values.dim() == 4
-        and query.dtype is keys.dtype is values.dtype is torch.bfloat16
+        query.dim() == keys.dim() == 4
+        and query.dtype is torch.bfloat16
         and query.is_cpu
-        and keys.is_cpu
-        and values.is_cpu
         and query.shape[::2] == (1, 1)
-        and keys.shape == values.shape
-        and keys.shape[::3] == query.shape[::3]
-        and keys.shape[2] > 0
-        and _lies_in_rows(keys)
-        and _lies_in_rows(values)
+        and are_states(keys, values, keys.shape[1], query.shape[3])
         and attends(query.shape[1], keys.shape[1], query.shape[3])
     )
 
 
+def are_states(keys: Tensor, values: Tensor, key_heads: int, width: int) -> bool:
+    """Whether these can be the keys and values of `attend`, with so many heads of such a width."""
+    shape = keys.shape
+    return (
+        shape == values.shape
+        and len(shape) == 4
+        and shape[::3] == (1, width)
+        and shape[1] == key_heads
+        and shape[2] > 0
+        and all(
+            each.dtype is torch.bfloat16 and each.is_cpu and _lies_in_rows(each) for each in (keys, values)
+        )
+    )
+
+
 def _lies_in_rows(x: Tensor) -> bool:
-    return x.stride(3) == 1 and (x.shape[2] == 1 or x.shape[3] <= x.stride(2) < _FAR)
+    _, _, tokens, width = x.shape
+    _, _, row, column = x.stride()
+    return column == 1 and (tokens == 1 or width <= row < _FAR)
 
 
 @cache
-def _native() -> _Native | None:
+def load() -> BitwiseAttention | None:
+    """The native kernel; None where there is no AVX2, or nothing compiles. See `library.load`."""
     compiled = library.compiled_with_avx2("bitwise_attention")
-    return None if compiled is None else _Native(compiled)
+    return None if compiled is None else BitwiseAttention(compiled)
 
 
 _States = tuple[Tensor, Tensor, Tensor, float]
@@ -141,7 +153,7 @@ def _agree(heads: int, key_heads: int, keys: int, width: int, draw: torch.Genera
 
 
 def _has_pytorchs_bits(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> bool:
-    native = _native()
+    native = load()
     assert native is not None
     grouped = query.shape[1] != keys.shape[1]
     wanted = scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=grouped)
@@ -151,7 +163,7 @@ def _has_pytorchs_bits(query: Tensor, keys: Tensor, values: Tensor, scale: float
 
 def _has_pytorchs_sums(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> bool:
     """Whether weights add up to what PyTorch's do, which results, rounded to bfloat16, would seldom tell."""
-    native = _native()
+    native = load()
     assert native is not None
     sums = torch.empty(query.shape[:-1], device="cpu", dtype=torch.float32)
     native.attend(query, keys, values, scale, sums)

@@ -66,6 +66,17 @@ bool undercroft_bitwise_trunk_normalise(int instructions, int lanes, int64_t run
   return false;
 }
 
+// out[count] = x + y. False: no memory.
+bool undercroft_bitwise_trunk_add(int instructions, int64_t run, int64_t count, const uint16_t* x, const uint16_t* y,
+                                  uint16_t* out) try {
+  const std::unique_ptr<float[]> values(new float[count]);
+  for (int64_t i = 0; i < count; i++) values[i] = from_bf16(x[i]) + from_bf16(y[i]);
+  emit(loops_of(instructions), values.get(), count, in_runs(count, run), out);
+  return true;
+} catch (const std::bad_alloc&) {
+  return false;
+}
+
 // Heads of one token, normalised each, and turned by their place in the text, with each rounding of eager PyTorch; x is
 // [heads + key_heads, width], and remains so. No weight: not normalised. False: no memory.
 bool undercroft_bitwise_trunk_turn(int instructions, int lanes, int64_t run, int64_t heads, int64_t key_heads,

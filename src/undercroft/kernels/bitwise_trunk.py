@@ -38,13 +38,15 @@ class BitwiseTrunk:
     def __init__(self, compiled: ctypes.CDLL, products: library.Library) -> None:
         self._inverse_root = compiled.undercroft_bitwise_trunk_inverse_root
         self._normalise = compiled.undercroft_bitwise_trunk_normalise
+        self._add = compiled.undercroft_bitwise_trunk_add
         self._turn = compiled.undercroft_bitwise_trunk_turn
         sums, sizes = (c_int, c_int), (c_int64, c_int64, c_int64)
         self._inverse_root.argtypes = (*sums, c_int64, c_float, c_void_p)
         self._normalise.argtypes = (*sums, *sizes, c_float, *(c_void_p,) * 3)
+        self._add.argtypes = (c_int, c_int64, c_int64, *(c_void_p,) * 3)
         self._turn.argtypes = (*sums, *sizes, c_int64, c_float, *(c_void_p,) * 5)
         self._inverse_root.restype = c_float
-        self._normalise.restype = self._turn.restype = c_bool
+        self._normalise.restype = self._add.restype = self._turn.restype = c_bool
         self._number = products.number
 
     def inverse_root(
@@ -62,6 +64,13 @@ class BitwiseTrunk:
         sizes = (_run(), x.numel() // columns, columns, least)
         addresses = (x.data_ptr(), weight.data_ptr(), out.data_ptr())
         library.require_memory(self._normalise(self._number(instructions), lanes, *sizes, *addresses))
+        return out
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """X + y, of as many numbers, in the shape of x."""
+        out = torch.empty_like(x)
+        addresses = (x.data_ptr(), y.data_ptr(), out.data_ptr())
+        library.require_memory(self._add(self._number(None), _run(), x.numel(), *addresses))
         return out
 
     def turn(
@@ -96,7 +105,7 @@ def normalises(columns: int, rows: int = 1) -> bool:
 
     The first call for a shape compares, in up to a tenth of a second; PyTorch's random numbers stay as they are.
     """
-    return _lanes(columns, rows) is not None
+    return lanes_of(columns, rows) is not None
 
 
 def rms_norm(x: Tensor, weight: Tensor, least: float) -> Tensor:
@@ -117,7 +126,7 @@ def rms_norm(x: Tensor, weight: Tensor, least: float) -> Tensor:
     """
     columns = weight.numel()
     fits = weight.shape == x.shape[-1:] and _is_known(x) and _is_known(weight)
-    lanes = _lanes(columns, x.numel() // columns) if fits and columns else None
+    lanes = lanes_of(columns, x.numel() // columns) if fits and columns else None
     found = load()
     if lanes is None or found is None:
         raise InvalidInput(
@@ -171,7 +180,7 @@ def turn(
     others = (cosines, sines, *(norms or ()))
     fits = all(each.numel() == width and _is_known(each) for each in others)
     is_long = x.numel() >= sum(heads) * width and min(heads) >= 0 and _is_known(x)
-    lanes = _LANES[0] if norms is None else _lanes_of_all(width, heads)
+    lanes = _LANES[0] if norms is None else lanes_of_heads(width, heads)
     found = load()
     if not (fits and is_long and turns(width)) or lanes is None or found is None:
         raise InvalidInput(
@@ -185,13 +194,14 @@ def _is_known(x: Tensor) -> bool:
     return x.dtype is torch.bfloat16 and x.is_cpu and x.is_contiguous()
 
 
-def _lanes_of_all(width: int, heads: tuple[int, int]) -> int | None:
-    lanes = {_lanes(width, each) for each in heads if each}
+def lanes_of_heads(width: int, heads: tuple[int, int]) -> int | None:
+    """The same of queries and keys; None too where one number does not do for both."""
+    lanes = {lanes_of(width, each) for each in heads if each}
     return lanes.pop() if len(lanes) == 1 else None
 
 
 @cache
-def _lanes(columns: int, rows: int) -> int | None:
+def lanes_of(columns: int, rows: int) -> int | None:
     """How many lanes give PyTorch's bits of rows of one token; None if no number does."""
     found = load()
     if found is None or columns < _LEAST_COLUMNS or not 0 < rows * columns < _MOST:

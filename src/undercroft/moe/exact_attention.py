@@ -17,12 +17,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from undercroft.kernels import bitwise, bitwise_attention
 from undercroft.kernels.bitwise_trunk import normalises, turn, turns
 from undercroft.moe.attention import OTHERWISE
-from undercroft.moe.usual_attention import norms_of
+from undercroft.moe.kept import Kept
+from undercroft.moe.usual_attention import LINEAR, NORMS, is_rms_norm, norms_of
 
 _attentions: Any = ALL_ATTENTION_FUNCTIONS
 _stock_attention: Any = sdpa_attention.sdpa_attention_forward  # pyright: ignore
 _ATTENTION = "sdpa"
-_LINEAR, _NORMS = ("q_proj", "k_proj", "v_proj"), ("q_norm", "k_norm")
 
 
 class Parts:
@@ -37,8 +37,9 @@ class Parts:
     """
 
     def __init__(self, layer: Any, norms: Sequence[nn.Module]) -> None:
-        self._linear: list[Any] = [getattr(layer, name) for name in _LINEAR]
+        self._linear: list[Any] = [getattr(layer, name) for name in LINEAR]
         self._norms = norms
+        self._kept = Kept([(layer, name) for name in (*LINEAR, *NORMS[: len(norms)])])
         width: int = layer.head_dim
         self.heads = (layer.q_proj.out_features // width, layer.k_proj.out_features // width)
         self.fits = turns(width) and all(not norms or normalises(width, each) for each in self.heads)
@@ -52,8 +53,26 @@ class Parts:
             and bitwise.is_here(hidden)
             and not layer.training
             and layer.config._attn_implementation == _ATTENTION
-            and self._are_of(layer)
+            and self._kept.holds
         )
+
+    @staticmethod
+    def is_stock(layer: Any) -> bool:
+        """Whether a layer would now let PyTorch's flash attention compute."""
+        return (
+            not layer.training
+            and layer.config._attn_implementation == _ATTENTION
+            and _attentions[_ATTENTION] is _stock_attention
+            and torch.backends.cuda.flash_sdp_enabled()
+        )
+
+    def seen(self, layer: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """What a query of its own sees of all keys and values, (1, 1, heads, width), in a layer that `is_stock`."""
+        kernel = bitwise_attention.load()
+        if kernel is not None and bitwise_attention.are_states(keys, values, self.heads[1], query.shape[3]):
+            return kernel.attend(query, keys, values, layer.scaling)
+        seen, _ = _stock_attention(layer, query, keys, values, None, dropout=0.0, scaling=layer.scaling)
+        return seen
 
     def turned(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """See `token_attention.Way`."""
@@ -90,20 +109,15 @@ class Parts:
             return bitwise.side_by_side(x, layers)
         return torch.cat([each(x).flatten() for each in self._linear])
 
-    def _are_of(self, layer: nn.Module) -> bool:
-        """Whether these are a layer's parts still: an adapter may have taken their place."""
-        # Each attribute of a module takes as long as a small product.
-        now = layer._modules  # pyright: ignore[reportPrivateUsage]
-        is_same = all(now[name] is each for name, each in zip(_LINEAR, self._linear, strict=True))
-        return is_same and all(now[name] is each for name, each in zip(_NORMS, self._norms, strict=False))
-
 
 def parts(layer: nn.Module) -> Parts | None:
     """The way of a layer, if its forward is known and its weights are bfloat16 on the CPU."""
     norms, module = norms_of(layer), cast("Any", layer)
     if norms is None:
         return None
-    linear = [getattr(module, name) for name in _LINEAR]
+    linear = [getattr(module, name) for name in LINEAR]
+    if not all(type(each) is nn.Linear for each in linear) or not all(map(is_rms_norm, norms)):
+        return None
     weights = [each.weight for each in (*linear, *norms)]
     eps = {cast("Any", norm).variance_epsilon for norm in norms}
     if len(eps) > 1 or any(each.dtype is not torch.bfloat16 or not each.is_cpu for each in weights):

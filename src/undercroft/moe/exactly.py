@@ -1,46 +1,34 @@
 """Lets a model compute in kernels that have PyTorch's bits, wherever these know the way.
 
-It knows modules and torch's ways to multiply; not experts. Nothing changes by it but the time that is taken.
+It knows modules; not experts. Nothing changes by it but the time that is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from undercroft.kernels import bitwise
 from undercroft.kernels.bitwise_trunk import normalises, rms_norm
-from undercroft.moe.alike import alike
 from undercroft.moe.exact_attention import parts
+from undercroft.moe.exact_layer import exact_layer
 from undercroft.moe.mixed import put_before
 from undercroft.moe.token_attention import shorten
-
-
-def products_of(x: Tensor) -> AbstractContextManager[object]:
-    """What to enter to multiply with a tensor: `Products` where these may take it, else nothing."""
-    return Products() if x.dtype is torch.bfloat16 and x.is_cpu else nullcontext()
-
-
-class Products(TorchFunctionMode):
-    """Where it is entered, `torch.nn.functional.linear` is `bitwise.linear`."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Whatever was called, with its arguments."""
-        return _ways.get(func, func)(*args, **(kwargs or {}))
+from undercroft.moe.token_layer import shorten_layers
+from undercroft.moe.usual_attention import is_rms_norm
 
 
 def hasten(model: nn.Module) -> int:
-    """Let linear layers, norms and attention layers of a model in bfloat16 do so; how many there are that can."""
+    """Let whatever can of a model in bfloat16 do so, from whole layers down to linear ones; how many modules that is.
+
+    The largest come first: they look for the classes of their parts, which then get others before them.
+    """
     modules = list(model.modules())
-    return _multiply_here(modules) + _normalise_here(modules) + shorten(modules, parts)
+    shortened = shorten_layers(model, exact_layer) + shorten(modules, parts)
+    return shortened + _multiply_here(modules) + _normalise_here(modules)
 
 
 def _multiply_here(modules: Sequence[nn.Module]) -> int:
@@ -52,7 +40,7 @@ def _multiply_here(modules: Sequence[nn.Module]) -> int:
 
 
 def _normalise_here(modules: Sequence[nn.Module]) -> int:
-    found = [cast("Any", each) for each in modules if alike(type(each).forward, LlamaRMSNorm.forward)]
+    found = [cast("Any", each) for each in modules if is_rms_norm(each)]
     taken = [norm for norm in found if _is_known(norm.weight) and normalises(norm.weight.numel())]
     for module in taken:
         put_before(_Norm, module)
@@ -84,6 +72,3 @@ class _Norm:
 
 def _is_known(weight: Tensor) -> bool:
     return weight.dtype is torch.bfloat16 and weight.is_cpu
-
-
-_ways: dict[Any, Any] = {torch.nn.functional.linear: bitwise.linear}

@@ -15,8 +15,9 @@ from undercroft.errors import InvalidInput
 from undercroft.kernels import trunk
 from undercroft.kernels.linear import Weight, is_plain
 from undercroft.moe.attention import OTHERWISE, attention
+from undercroft.moe.kept import Kept
 from undercroft.moe.trunk import Norm, PackedLinear
-from undercroft.moe.usual_attention import norms_of
+from undercroft.moe.usual_attention import LINEAR, NORMS, norms_of
 
 
 class Joined:
@@ -26,16 +27,17 @@ class Joined:
         parts: the linear layers of these.
         norms: of queries and of keys, or none.
         width: of a head.
+        kept: all of them, where they are.
 
     Raises:
         InvalidInput: these parts cannot be joined.
     """
 
-    def __init__(self, parts: list[PackedLinear], norms: list[Norm], width: int) -> None:
+    def __init__(self, parts: list[PackedLinear], norms: list[Norm], width: int, kept: Kept) -> None:
         biases = [part.bias for part in parts if part.bias is not None]
         if len(biases) not in (0, len(parts)) or len({norm.variance_epsilon for norm in norms}) > 1:
             raise InvalidInput("all parts have a bias or none, and norms are alike")
-        self._parts = parts
+        self._kept = kept
         self._weight = Weight.joined([part.packed for part in parts])
         self._bias = torch.cat(list[Tensor](biases)) if biases else None
         self.heads = (parts[0].out_features // width, parts[1].out_features // width)
@@ -44,9 +46,8 @@ class Joined:
 
     def takes(self, layer: Any, hidden: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> bool:
         """See `token_attention.Way`."""
-        parts = [layer.q_proj, layer.k_proj, layer.v_proj]  # an adapter may have taken a place
         is_usual = mask is None and all(options.get(name) is None for name in OTHERWISE)
-        return is_usual and is_plain(hidden) and parts == self._parts
+        return is_usual and is_plain(hidden) and self._kept.holds
 
     def turned(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """See `token_attention.Way`."""
@@ -72,12 +73,13 @@ def joined(layer: nn.Module) -> Joined | None:
     norms, module = norms_of(layer), cast("Any", layer)
     if norms is None or module.head_dim % trunk.STEP:
         return None
-    parts = [module.q_proj, module.k_proj, module.v_proj]
+    parts = [getattr(module, name) for name in LINEAR]
     is_light = all(isinstance(part, PackedLinear) for part in parts)
     ours = [norm for norm in norms if isinstance(norm, Norm)]
     if not is_light or len(ours) < len(norms):
         return None
     try:
-        return Joined(parts, ours, module.head_dim)
+        kept = Kept([(layer, name) for name in (*LINEAR, *NORMS[: len(norms)])])
+        return Joined(parts, ours, module.head_dim, kept)
     except InvalidInput:
         return None

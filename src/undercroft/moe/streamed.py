@@ -20,8 +20,8 @@ from undercroft.errors import UnsupportedModel
 from undercroft.kernels import Block, Gated, add_up, bitwise, feed_forwards, mix
 from undercroft.kernels.linear import DTYPES
 from undercroft.moe.alike import alike
-from undercroft.moe.exactly import products_of
 from undercroft.moe.feed_forward import FeedForward
+from undercroft.moe.products import products_of
 
 IMPLEMENTATION = "undercroft"
 """What transformers calls this way to run experts."""

@@ -6,27 +6,16 @@ everything else its own. It knows these two; not who is asked for experts then.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 from torch import Tensor, nn
-from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from undercroft.kernels import trunk
 from undercroft.kernels.linear import is_plain
-from undercroft.moe.alike import alike
 from undercroft.moe.mixed import give_ways
+from undercroft.moe.usual_layer import Routing, routing_of
 
-_QWENS: Any = Qwen3MoeTopKRouter.forward  # pyright: ignore
-_MIXTRALS: Any = MixtralTopKRouter.forward  # pyright: ignore
 _WAY = "_undercroft_way"
-
-
-class _Way(NamedTuple):
-    """How a router weighs those that it chose; see `trunk.route`."""
-
-    among: bool
-    rounded: bool
 
 
 def shorten_routers(model: nn.Module) -> int:
@@ -49,11 +38,7 @@ class _Short:
         return stock.forward(hidden_states)
 
 
-def _way(module: nn.Module) -> _Way | None:
+def _way(module: nn.Module) -> Routing | None:
     """A router's, if it is one of those known here."""
-    router: Any = module
-    forward = type(module).forward
-    is_qwens = alike(forward, _QWENS)
-    if not (is_qwens or alike(forward, _MIXTRALS)) or router.weight.shape[-1] % trunk.STEP:
-        return None
-    return _Way(router.norm_topk_prob, rounded=True) if is_qwens else _Way(among=True, rounded=False)
+    routing = routing_of(module)
+    return routing if routing is not None and cast("Any", module).weight.shape[-1] % trunk.STEP == 0 else None

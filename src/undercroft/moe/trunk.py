@@ -9,13 +9,12 @@ from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from undercroft.kernels import trunk
 from undercroft.kernels.format import Format
 from undercroft.kernels.linear import DTYPES, Weight, is_plain
 from undercroft.kernels.quantise import dequantise, quantise
-from undercroft.moe.alike import alike
+from undercroft.moe.usual_attention import is_rms_norm
 
 _GROUPS = (128, 64, 32)
 
@@ -122,7 +121,7 @@ def quantise_trunk(model: nn.Module, *, experts: int) -> int:
 
 def _is_usual(norm: nn.Module) -> bool:
     weight: Any = getattr(norm, "weight", None)
-    return alike(type(norm).forward, LlamaRMSNorm.forward) and weight.numel() % trunk.STEP == 0
+    return is_rms_norm(norm) and weight.numel() % trunk.STEP == 0
 
 
 def _format(columns: int) -> Format | None:

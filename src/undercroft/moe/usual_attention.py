@@ -14,6 +14,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from undercroft.moe.alike import alike
 
+LINEAR, NORMS = ("q_proj", "k_proj", "v_proj"), ("q_norm", "k_norm")
+"""What such a layer calls what makes queries, keys and values, and the norms of the first two."""
 _NORMED: Any = Qwen3MoeAttention.forward
 _PLAIN: Any = (Qwen2MoeAttention.forward, MixtralAttention.forward)
 _ROTARY: Any = modeling_llama.apply_rotary_pos_emb  # pyright: ignore
@@ -30,3 +32,8 @@ def norms_of(layer: nn.Module) -> list[nn.Module] | None:
     if turns is None or not alike(turns, _ROTARY):
         return None
     return [module.q_norm, module.k_norm] if has_norms else []
+
+
+def is_rms_norm(norm: nn.Module) -> bool:
+    """Whether a norm is, instruction by instruction, Llama's."""
+    return alike(type(norm).forward, modeling_llama.LlamaRMSNorm.forward)
