@@ -13,11 +13,11 @@
 #include <memory>
 #include <new>
 
+#include "bitwise.h"
 #include "vectors.h"
 
 namespace {
 
-constexpr uint16_t kNotANumber = 0x7fc0;
 constexpr int64_t kPlaces = 64;
 constexpr int kQuarters = 4;        // vectors of sixteen places
 constexpr int64_t kSixteen = 16;
@@ -46,14 +46,8 @@ struct Part {
 };
 
 #if defined(__x86_64__)
-struct Pair {
-  __m256 even, odd;
-};
-
 TARGET inline Pair apart(const uint16_t* at) {
-  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)),
-          _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+  return apart(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
 }
 
 // x[columns] as float [quarters][columns / 64][8 even, 8 odd].
@@ -70,9 +64,7 @@ TARGET void take_apart(const uint16_t* x, int64_t columns, float* out) {
 
 // The eight places of a vector, halves onto each other.
 TARGET inline float total(__m256 places) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(places), _mm256_extractf128_ps(places, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  return total(_mm_add_ps(_mm256_castps256_ps128(places), _mm256_extractf128_ps(places, 1)));
 }
 
 TARGET inline uint16_t rounded(const Pair* quarters, const uint16_t* bias, int64_t output) {
@@ -82,7 +74,7 @@ TARGET inline uint16_t rounded(const Pair* quarters, const uint16_t* bias, int64
                                    _mm256_add_ps(quarters[1].odd, quarters[3].odd));
   float sum = total(even) + total(odd);
   if (bias != nullptr) sum += from_bf16(bias[output]);
-  return std::isnan(sum) ? kNotANumber : to_bf16(sum);
+  return rounded(sum);
 }
 
 // One row: each weight is read once.

@@ -197,7 +197,7 @@ def _multiply(columns: int, fields: Sequence[int]) -> None:
 
 @cache
 def _native() -> _Native | None:
-    compiled = library.compiled_with_avx2("bitwise")
+    compiled = library.compiled_with_avx2("bitwise", "bitwise.h")
     return None if compiled is None else _Native(compiled)
 
 

@@ -169,10 +169,10 @@ def compiled(name: str, *includes: str) -> ctypes.CDLL | None:
         return None
 
 
-def compiled_with_avx2(name: str) -> ctypes.CDLL | None:
+def compiled_with_avx2(name: str, *includes: str) -> ctypes.CDLL | None:
     """The same of a source that is called only where there is AVX2; None also where there is none."""
     found = load()
-    return compiled(name) if found is not None and "avx2" in found.instructions else None
+    return compiled(name, *includes) if found is not None and "avx2" in found.instructions else None
 
 
 def _table(blocks: Sequence[tuple[int, ...]]) -> bytes:

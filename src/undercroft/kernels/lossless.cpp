@@ -8,31 +8,15 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lossless.h"
 #include "vectors.h"
 
 namespace {
-
-constexpr int64_t kBlock = 64, kChunk = 512 * kBlock, kLine = 64;
-constexpr int kTable = 8;  // seven exponents, and one that stands for those elsewhere
-
-constexpr int64_t lines(int64_t nbytes) { return (nbytes + kLine - 1) / kLine * kLine; }
 
 // Some blocks in a row, and where their rare exponents are.
 struct Run {
   const uint8_t *table, *codes, *rests, *rare, *end;
 };
-
-// The bits of 64 codes; `rare` has a bit for each number whose exponent is elsewhere.
-struct Planes {
-  uint64_t bit[3];
-  uint64_t rare() const { return bit[0] & bit[1] & bit[2]; }
-};
-
-inline Planes planes(const uint8_t* codes) {
-  Planes found;
-  std::memcpy(found.bit, codes, sizeof found.bit);
-  return found;
-}
 
 inline uint16_t number(unsigned exponent, unsigned rest) {
   return static_cast<uint16_t>((rest & 0x80) << 8 | exponent << 7 | (rest & 0x7f));
@@ -51,7 +35,7 @@ using Restore = const uint8_t*(Run run, int64_t blocks, uint16_t* out);
 
 namespace portable {
 const uint8_t* restore(Run run, int64_t blocks, uint16_t* out) {
-  for (; blocks; blocks--, run.codes += 24, run.rests += kBlock, out += kBlock) {
+  for (; blocks; blocks--, run.codes += kCodes, run.rests += kBlock, out += kBlock) {
     const Planes p = planes(run.codes);
     const int count = __builtin_popcountll(p.rare());
     if (run.end - run.rare < count) return nullptr;
@@ -90,7 +74,7 @@ TARGET const uint8_t* restore(Run run, int64_t blocks, uint16_t* out) {
   int64_t eight;
   std::memcpy(&eight, run.table, kTable);
   const __m256i table = _mm256_set1_epi64x(eight);
-  for (; blocks; blocks--, run.codes += 24, run.rests += kBlock, out += kBlock) {
+  for (; blocks; blocks--, run.codes += kCodes, run.rests += kBlock, out += kBlock) {
     const Planes p = planes(run.codes);
     const int count = __builtin_popcountll(p.rare());
     if (run.end - run.rare < count) return nullptr;
@@ -125,7 +109,7 @@ TARGET const uint8_t* restore(Run run, int64_t blocks, uint16_t* out) {
   int64_t eight;
   std::memcpy(&eight, run.table, kTable);
   const __m512i table = _mm512_set1_epi64(eight);
-  for (; blocks; blocks--, run.codes += 24, run.rests += kBlock, out += kBlock) {
+  for (; blocks; blocks--, run.codes += kCodes, run.rests += kBlock, out += kBlock) {
     const Planes p = planes(run.codes);
     const int count = __builtin_popcountll(p.rare());
     if (run.end - run.rare < count) return nullptr;
@@ -171,22 +155,17 @@ int undercroft_lossless_instructions() {
 // out[count]: what was squeezed, with room for so many rare exponents. False: there are more of them than that.
 bool undercroft_lossless_restore(int instructions, int threads, int64_t count, int64_t rare, const uint8_t* squeezed,
                                  uint16_t* out) {
-  const int64_t blocks = (count + kBlock - 1) / kBlock, chunks = (count + kChunk - 1) / kChunk;
-  const uint8_t* const codes = squeezed + lines(kTable + 4 * chunks);
-  const uint8_t* const rests = codes + lines(24 * blocks);
-  const uint8_t* const exponents = rests + kBlock * blocks;
+  const Squeezed numbers(squeezed, count, rare);
   Restore* const restore = restore_of(instructions);
   std::atomic<bool> is_whole = true;
-  in_parallel(team(threads, count), chunks, [&](int64_t chunk) {
-    uint32_t start;
-    std::memcpy(&start, squeezed + kTable + 4 * chunk, sizeof start);
+  in_parallel(team(threads, count), (count + kChunk - 1) / kChunk, [&](int64_t chunk) {
     const int64_t first = chunk * kChunk, whole = (std::min(count, first + kChunk) - first) / kBlock;
-    Run run = {squeezed, codes + 24 * (first / kBlock), rests + first, exponents + std::min<int64_t>(start, rare),
-               exponents + rare};
+    Run run = {numbers.table, numbers.codes + kCodes * (first / kBlock), numbers.rests + first, numbers.rare_of(chunk),
+               numbers.end};
     run.rare = restore(run, whole, out + first);
     uint16_t last[kBlock];
     if (const int64_t left = std::min(count - first, kChunk) - whole * kBlock; left && run.rare) {
-      run.codes += 24 * whole;
+      run.codes += kCodes * whole;
       run.rests += kBlock * whole;
       run.rare = restore(run, 1, last);
       if (run.rare) std::copy_n(last, left, out + first + whole * kBlock);

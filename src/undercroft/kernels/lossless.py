@@ -172,7 +172,7 @@ class Restorer:
 @cache
 def load() -> Restorer | None:
     """The native loops; None where they cannot be compiled. See `library.load`."""
-    compiled = library.compiled("lossless")
+    compiled = library.compiled("lossless", "lossless.h")
     return None if compiled is None else Restorer(compiled)
 
 
