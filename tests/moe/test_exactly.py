@@ -12,15 +12,17 @@ from tests.moe.test_exact import same
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from undercroft.kernels import bitwise
+from undercroft.errors import SpillMisuse
+from undercroft.kernels import bitwise, bitwise_lossless
 from undercroft.kernels.bitwise_attention import attends
 from undercroft.kernels.bitwise_router import routes
 from undercroft.kernels.bitwise_trunk import normalises, turns
 from undercroft.moe.exactly import hasten
 from undercroft.moe.feed_forward import FeedForward
-from undercroft.moe.load import load_moe
+from undercroft.moe.load import engine_of, expert_report, load_moe
 from undercroft.moe.pack import pack
 from undercroft.moe.products import Products
+from undercroft.moe.quality import Quality
 
 WIDE = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 8}
 BANK = 3 * 8 * 3 * 64 * 128 * 2
@@ -53,6 +55,53 @@ def test_bit_for_bit(folder: Path, tmp_path: Path, high: Any, share: float) -> N
         assert (type(each) is nn.Linear) != bitwise.reproduces(each.in_features)
     for rows in (1, 3):
         same(stock(folder, torch.bfloat16), model, prompt(rows), tokens=24)
+
+
+@pytest.fixture
+def squeezed(folder: Path, tmp_path: Path) -> Path:
+    """The model in fewer bytes, and in few, where a kernel multiplies with the former."""
+    if not (bitwise_lossless.reproduces(128) and bitwise_lossless.reproduces(64)):
+        pytest.skip("PyTorch multiplies bfloat16 in another way on this processor")
+    pack(folder, tmp_path / "packed", high="lossless", low="int4")
+    return tmp_path / "packed"
+
+
+def test_a_token_is_multiplied_with_squeezed_experts_as_they_lie(folder: Path, squeezed: Path) -> None:
+    one, other = stock(folder, torch.bfloat16), load_moe(squeezed, "4MiB")
+    with torch.no_grad():
+        caches = [model(input_ids=prompt()).past_key_values for model in (one, other)]
+        engine_of(other)._source.workshop.close()  # pyright: ignore  # where experts are restored
+        step = prompt(1, 1)
+        for _ in range(8):
+            logits = [
+                model(input_ids=step, past_key_values=cache).logits
+                for model, cache in zip((one, other), caches, strict=True)
+            ]
+            assert torch.equal(*logits)
+            step = logits[0][:, -1:].argmax(-1)
+        with pytest.raises(SpillMisuse, match="closed"):
+            other(input_ids=prompt())
+
+
+def test_squeezed_experts_are_restored_where_they_cannot_be_multiplied_with(
+    folder: Path, squeezed: Path
+) -> None:
+    one, other = stock(folder, torch.bfloat16), load_moe(squeezed, "4MiB")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
+        assert torch.equal(one(input_ids=prompt(1, 1)).logits, other(input_ids=prompt(1, 1)).logits)
+    same(stock(folder), load_moe(squeezed, "4MiB", dtype=torch.float32), prompt(), tokens=8)
+
+
+def test_squeezed_experts_are_served_beside_low_copies(
+    squeezed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality, texts = Quality(low=1.0, thresholds=(0.3, 1.0)), []
+    for takes in (bitwise_lossless.takes, lambda x: False):
+        monkeypatch.setattr(bitwise_lossless, "takes", takes)
+        model: Any = load_moe(squeezed, "1MiB", quality)
+        texts.append(model.generate(prompt(), max_new_tokens=24, do_sample=False, pad_token_id=0))
+        assert 0 < expert_report(model).low_mass < 1
+    assert torch.equal(*texts)
 
 
 def test_biases_and_tied_heads_keep_their_bits(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -125,6 +125,13 @@ class IndexedExperts:
             for name, each in expert.layer.parameters.items()
         }
 
+    def squeezes(self, layer: int) -> bool:
+        """No: what a checkpoint has is not packed."""
+        return False
+
+    def squeezed(self, key: Key, lease: Lease) -> None:
+        """Nothing here is squeezed; see `squeezes`."""
+
     def gated(self, layer: int) -> None:
         """None: what a checkpoint has is not packed."""
 

@@ -266,13 +266,15 @@ def _tell(
 
 def _served(source: ExpertSource, layer: Layer | PackedLayer, module: Any) -> ServedLayer:
     dtypes = {name: weight.dtype for name, weight in module.named_parameters(recurse=False)}
-    number = layer.number
+    number, usual = layer.number, is_usual(own_forward(module))
+    in_bfloat16 = all(dtype is torch.bfloat16 for dtype in dtypes.values())
     return ServedLayer(
         number=number,
         experts=layer.experts,
         dtypes=dtypes,
         gated=source.gated(number),
-        is_usual=is_usual(own_forward(module)),
+        is_usual=usual,
+        squeezes=usual and in_bfloat16 and source.squeezes(number),
     )
 
 

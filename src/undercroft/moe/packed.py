@@ -17,6 +17,8 @@ import xxhash
 from torch import Tensor
 
 from undercroft.errors import BudgetExceeded, CorruptRecord
+from undercroft.kernels import bitwise_lossless
+from undercroft.kernels.bitwise_lossless import Squeezed
 from undercroft.kernels.block import Block, Gated, available
 from undercroft.kernels.format import Format, packed_nbytes
 from undercroft.kernels.lossless import Lossless, restore
@@ -144,6 +146,28 @@ class PackedExperts:
         """What a workshop lends while an expert is used, for what is lossless in it; 0 where nothing is."""
         return max(sum(slot.restored for slot in slots) for slots in self._slots.values())
 
+    def squeezes(self, layer: int) -> bool:
+        """Whether kernels here multiply a token with each full copy of a layer as it lies, as `squeezed` gives it."""
+        found = next(each for each in self.layers if each.number == layer)
+        layouts = {self._slots[found.key(expert, self.high)] for expert in range(found.experts)}
+        return all(
+            _are_squeezed(slots) and all(bitwise_lossless.reproduces(slot.part.shape[1]) for slot in slots)
+            for slots in layouts
+        )
+
+    def squeezed(self, key: Key, lease: Lease) -> dict[str, Squeezed] | None:
+        """An expert's matrices by name, squeezed as they lie; None for one that is not lossless.
+
+        Args:
+            key: from `PackedLayer.key`, of a layer that `squeezes`.
+            lease: of the record's bytes, which they keep alive.
+        """
+        slots = self._slots[key]
+        if not _are_squeezed(slots):
+            return None
+        storage = lease.storage(0, lease.nbytes)
+        return {slot.part.name: _squeezed(slot.part, storage) for slot in slots}
+
     def gated(self, layer: int) -> Gated | None:
         """The sizes of a layer's experts, where each copy is a `Block` that the kernels here can compute."""
         found = next(each for each in self.layers if each.number == layer)
@@ -263,6 +287,21 @@ def _gated(slots: Sequence[_Slot]) -> Gated | None:
     gate_up, down = (found[name] for name in GATED)
     fits = gate_up.rows == 2 * down.columns and down.rows == gate_up.columns
     return Gated(down.rows, down.columns) if fits else None
+
+
+def _are_squeezed(slots: Sequence[_Slot]) -> bool:
+    """Whether a record holds a gated feed-forward block, lossless."""
+    shapes = {slot.part.name: slot.part.shape for slot in slots if slot.restored}
+    if len(slots) != len(GATED) or shapes.keys() != set(GATED):
+        return False
+    gate_up, down = (shapes[name] for name in GATED)
+    return len(gate_up) == len(down) == 2 and gate_up == (2 * down[1], down[0])
+
+
+def _squeezed(part: Part, storage: torch.UntypedStorage) -> Squeezed:
+    assert isinstance(part.content, Lossless)
+    packed = view_of(storage, part.offset, torch.uint8, (part.content.nbytes,), (1,))
+    return Squeezed(packed, part.content, *part.matrix)
 
 
 def is_packed(folder: str | Path) -> bool:
