@@ -219,6 +219,19 @@ def test_what_was_not_tried_is_refused(reproduced: None) -> None:
         assert not bitwise_lossless.takes(x.clone().requires_grad_())
 
 
+def test_weights_that_are_not_alike_are_refused(reproduced: None) -> None:
+    x, weight = drawn(4, 128)
+    good, other = Squeezed.of(weight), Squeezed.of(weight.view(8, 64))
+    for weights in ([other], [good, other], []):
+        with pytest.raises(InvalidInput, match="is not multiplied with"):
+            gates_and_ups(x, weights)
+        with pytest.raises(InvalidInput, match="is not multiplied with"):
+            row_by_row(x, weights)
+    for wrong in (x.float(), x[0], x.repeat(2, 1)):
+        with pytest.raises(InvalidInput, match="is not multiplied with"):
+            row_by_row(wrong, [good])
+
+
 def test_bytes_that_do_not_fit_are_refused() -> None:
     _, weight = drawn(3, 64)
     squeezed = Squeezed.of(weight)

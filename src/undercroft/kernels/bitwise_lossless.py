@@ -108,8 +108,10 @@ def gates_and_ups(x: Tensor, weights: Sequence[Squeezed]) -> tuple[Tensor, Tenso
         (weights, inner) of the first halves, and of the others.
 
     Raises:
+        InvalidInput: these are not alike, or have other columns.
         CorruptRecord: the bytes of a weight are none that `squeeze` gives.
     """
+    _require_alike(x, 1, weights)
     inner = weights[0].rows // 2
     out = x.new_empty(2, len(weights), inner)
     at, begin, row = x.data_ptr(), out.data_ptr(), out.element_size() * inner
@@ -133,8 +135,10 @@ def row_by_row(x: Tensor, weights: Sequence[Squeezed]) -> Tensor:
         (weights, outputs).
 
     Raises:
+        InvalidInput: these are not alike, or not as many as the rows, or have other columns.
         CorruptRecord: the bytes of a weight are none that `squeeze` gives.
     """
+    _require_alike(x, len(weights), weights)
     outputs, columns = weights[0].rows, weights[0].columns
     out = x.new_empty(len(weights), outputs)
     at, begin, size = x.data_ptr(), out.data_ptr(), out.element_size()
@@ -146,6 +150,13 @@ def row_by_row(x: Tensor, weights: Sequence[Squeezed]) -> Tensor:
         ),
     )
     return out
+
+
+def _require_alike(x: Tensor, rows: int, weights: Sequence[Squeezed]) -> None:
+    sizes = {(weight.rows, weight.columns) for weight in weights}
+    fits = x.dtype is torch.bfloat16 and x.is_cpu and x.is_contiguous()
+    if not fits or len(sizes) != 1 or x.shape != (rows, weights[0].columns):
+        raise InvalidInput(f"{list(x.shape)} of {x.dtype} is not multiplied with {sizes}")
 
 
 def _multiply(columns: int, products: Iterable[tuple[int, Squeezed, int, int, int]]) -> None:
