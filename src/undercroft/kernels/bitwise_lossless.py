@@ -10,11 +10,10 @@ address goes out; bytes that nobody squeezed give some product or are refused, a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from ctypes import c_bool, c_int, c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain
 from struct import pack
 
 import torch
@@ -24,6 +23,7 @@ from undercroft.errors import CorruptRecord, InvalidInput
 from undercroft.kernels import bitwise, library
 from undercroft.kernels.lossless import CHUNK, Lossless, rare_in, squeeze
 
+_FIELDS = 7
 _NO_MEMORY, _NOT_WHOLE = 1, 2  # as C answers
 
 
@@ -36,15 +36,17 @@ class Squeezed:
         form: of these bytes.
         rows: outputs.
         columns: inputs.
+        fields: of these, as C takes them.
 
     Raises:
         InvalidInput: these do not fit.
     """
 
-    packed: Tensor
+    packed: Tensor = field(repr=False)
     form: Lossless
     rows: int
     columns: int
+    fields: tuple[int, int, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         packed, form = self.packed, self.form
@@ -53,6 +55,7 @@ class Squeezed:
             raise InvalidInput(
                 f"{packed.numel()} elements of {packed.dtype} are no {self.rows} x {self.columns} of {form}"
             )
+        object.__setattr__(self, "fields", (packed.data_ptr(), self.rows, form.rare))
 
     @staticmethod
     def of(weight: Tensor) -> Squeezed:
@@ -112,15 +115,15 @@ def gates_and_ups(x: Tensor, weights: Sequence[Squeezed]) -> tuple[Tensor, Tenso
         CorruptRecord: the bytes of a weight are none that `squeeze` gives.
     """
     _require_alike(x, 1, weights)
-    inner = weights[0].rows // 2
-    out = x.new_empty(2, len(weights), inner)
+    inner, count = weights[0].rows // 2, len(weights)
+    out = x.new_empty(2, count, inner)
     at, begin, row = x.data_ptr(), out.data_ptr(), out.element_size() * inner
-    halves = (
-        (at, weight, half * inner, inner, begin + (half * len(weights) + place) * row)
-        for place, weight in enumerate(weights)
-        for half in range(2)
-    )
-    _multiply(x.shape[1], halves)
+    fields: list[int] = []
+    for place, weight in enumerate(weights):
+        first = begin + place * row
+        fields += (at, *weight.fields, 0, inner, first)
+        fields += (at, *weight.fields, inner, inner, first + count * row)
+    _multiply(x.shape[1], fields)
     return out[0], out[1]
 
 
@@ -142,33 +145,26 @@ def row_by_row(x: Tensor, weights: Sequence[Squeezed]) -> Tensor:
     outputs, columns = weights[0].rows, weights[0].columns
     out = x.new_empty(len(weights), outputs)
     at, begin, size = x.data_ptr(), out.data_ptr(), out.element_size()
-    _multiply(
-        columns,
-        (
-            (at + size * row * columns, weight, 0, outputs, begin + size * row * outputs)
-            for row, weight in enumerate(weights)
-        ),
-    )
+    fields: list[int] = []
+    for row, weight in enumerate(weights):
+        fields += (at + size * row * columns, *weight.fields, 0, outputs, begin + size * row * outputs)
+    _multiply(columns, fields)
     return out
 
 
 def _require_alike(x: Tensor, rows: int, weights: Sequence[Squeezed]) -> None:
-    sizes = {(weight.rows, weight.columns) for weight in weights}
-    fits = x.dtype is torch.bfloat16 and x.is_cpu and x.is_contiguous()
-    if not fits or len(sizes) != 1 or x.shape != (rows, weights[0].columns):
-        raise InvalidInput(f"{list(x.shape)} of {x.dtype} is not multiplied with {sizes}")
+    fits = x.dtype is torch.bfloat16 and x.dim() == 2 and len(x) == rows and x.is_cpu and x.is_contiguous()
+    outputs = weights[0].rows if weights else 0
+    columns = x.shape[-1]
+    if not fits or not outputs or any(each.rows != outputs or each.columns != columns for each in weights):
+        raise InvalidInput(f"{list(x.shape)} of {x.dtype} is not multiplied with {weights}")
 
 
-def _multiply(columns: int, products: Iterable[tuple[int, Squeezed, int, int, int]]) -> None:
-    """Compute products, each an address of x, a weight, its first row, how many, and where they go."""
+def _multiply(columns: int, fields: Sequence[int]) -> None:
     native = _native()
     assert native is not None, "asked for where `reproduces` says no"
-    rows = [
-        (x, weight.packed.data_ptr(), weight.rows, weight.form.rare, first, outputs, out)
-        for x, weight, first, outputs, out in products
-    ]
-    fields = [*chain.from_iterable(rows)]
-    done = native.multiply(torch.get_num_threads(), columns, len(rows), pack(f"{len(fields)}q", *fields))
+    count, products = len(fields) // _FIELDS, pack(f"{len(fields)}q", *fields)
+    done = native.multiply(torch.get_num_threads(), columns, count, products)
     if done == _NOT_WHOLE:
         raise CorruptRecord("squeezed weights ask for more rare exponents than they have")
     library.require_memory(done != _NO_MEMORY)
