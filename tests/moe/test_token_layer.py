@@ -15,7 +15,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from undercroft.kernels.bitwise import reproduces
 from undercroft.kernels.bitwise_attention import attends
 from undercroft.kernels.bitwise_router import routes
+from undercroft.kernels.trunk import available
 from undercroft.moe.governor import Governor
+from undercroft.moe.light import lighten
 from undercroft.moe.load import load_moe
 
 BF16 = torch.bfloat16
@@ -191,3 +193,30 @@ def test_a_token_that_breaks_off_leaves_no_way_open(folder: Path) -> None:
             for each in (model, reference)
         ]
     assert torch.equal(*found)
+
+
+def watched(module: nn.Module, args: Any, output: Any) -> None:
+    """Does nothing but to be asked, which a short way would not."""
+
+
+def light_models(folder: Path) -> tuple[Any, Any]:
+    """Two that are alike; of the first, every module of a layer is called."""
+    models = stock(folder, BF16), stock(folder, BF16)
+    for model in models:
+        lighten(model, experts=8)
+    for layer in models[0].model.layers:
+        layer.mlp.register_forward_hook(watched)
+    return models
+
+
+@pytest.mark.skipif(not available(), reason="nothing compiles kernels here")
+@pytest.mark.parametrize("change", [None, *CHANGES], ids=str)
+def test_light_layers_give_what_their_modules_give(folder: Path, change: str | None) -> None:
+    if change in {"weight", "storage", "in place"}:
+        pytest.skip("packed layers have no weights to change")
+    models = light_models(folder)
+    assert sum(hasattr(each, "_undercroft_layer") for each in models[1].modules()) == LAYERS
+    if change is not None:
+        for model in models:
+            CHANGES[change](model.model.layers[1])
+    same(*models, prompt(), tokens=8)

@@ -77,6 +77,8 @@ def test_a_token_takes_the_short_way_to_the_same_place(family: Family) -> None:
     assert (
         sum(hasattr(each, "_undercroft_way") for each in other.modules()) == ROUTED[model.config.model_type]
     )
+    layers = sum(hasattr(each, "_undercroft_layer") for each in other.modules())
+    assert layers == (2 if model.config.model_type in {"qwen3_moe", "mixtral"} else 0)
     assert [name for name, _ in model.named_modules()] == [name for name, _ in other.named_modules()]
     wanted, found = (
         each.generate(

@@ -5,12 +5,16 @@ It knows the order in which that is done; not what is in the way of it. Nobody g
 
 from __future__ import annotations
 
+from functools import cache, partial
+
 from transformers import PreTrainedModel
 
 from undercroft.kernels import trunk
 from undercroft.moe.attention import attend_here
 from undercroft.moe.light_attention import joined
+from undercroft.moe.light_layer import light_layer
 from undercroft.moe.token_attention import shorten
+from undercroft.moe.token_layer import shorten_layers
 from undercroft.moe.token_router import shorten_routers
 from undercroft.moe.trunk import quantise_trunk, replace_norms
 
@@ -25,6 +29,8 @@ def lighten(model: PreTrainedModel, *, experts: int) -> None:
     quantise_trunk(model, experts=experts)
     if trunk.available():
         replace_norms(model)
-        shorten_routers(model)
         if attend_here(model):
-            shorten(model.modules(), joined)
+            once = cache(joined)
+            shorten_layers(model, partial(light_layer, once))
+            shorten(model.modules(), once)
+        shorten_routers(model)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from undercroft.errors import InvalidInput
 from undercroft.kernels import trunk
 from undercroft.kernels.linear import Weight, is_plain
-from undercroft.moe.attention import OTHERWISE, attention
+from undercroft.moe.attention import IMPLEMENTATION, OTHERWISE, attention
 from undercroft.moe.kept import Kept
 from undercroft.moe.trunk import Norm, PackedLinear
 from undercroft.moe.usual_attention import LINEAR, NORMS, norms_of
@@ -56,6 +56,15 @@ class Joined:
             x += self._bias
         trunk.turn(x, self.heads, cosines, sines, self._norms, self._least)
         return x
+
+    @staticmethod
+    def is_here(layer: Any) -> bool:
+        """Whether a layer would let kernels of ours attend, as `attend_here` has made it."""
+        return not layer.training and layer.config._attn_implementation == IMPLEMENTATION
+
+    def seen(self, layer: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """What a query of its own sees of all keys and values, (1, 1, heads, width)."""
+        return attention(layer, query, keys, values, None, scaling=layer.scaling)[0]
 
     def attend(
         self,

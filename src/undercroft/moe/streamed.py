@@ -174,6 +174,12 @@ def streamed_forward(module: torch.nn.Module, hidden: Tensor, chosen: Tensor, we
         service.close()
 
 
+def weighted_sum(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """What an unhooked experts module gives, streamed or not; where it is, transformers is not asked who computes."""
+    is_streamed = _ATTRIBUTE in module.__dict__ and module.config._experts_implementation == IMPLEMENTATION
+    return (streamed_forward if is_streamed else type(module).__call__)(module, hidden, chosen, weights)
+
+
 def _without(chosen: Tensor, weights: Tensor, skipped: list[int]) -> tuple[Tensor, Tensor]:
     """The same choice without some experts: another of the token's takes their place, with no weight."""
     gone = torch.isin(chosen, torch.tensor(skipped, device=chosen.device))

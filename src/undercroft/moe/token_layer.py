@@ -8,6 +8,7 @@ other parts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from undercroft.kernels.linear import is_plain
 from undercroft.moe.attention import OTHERWISE
 from undercroft.moe.mixed import give_ways
-from undercroft.moe.streamed import streamed_forward
+from undercroft.moe.streamed import weighted_sum
 
 _WAY = "_undercroft_layer"
 _ANY = torch.empty(0)
@@ -85,27 +86,30 @@ class Walk:
 
     def __init__(self, ways: Sequence[Way]) -> None:
         self._ways = ways
-        self.is_open = False
+        self._thread: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a forward of this thread is under way whose token may go it."""
+        return self._thread == get_ident()
 
     def open(self, *_: Any) -> None:
         """A forward begins."""
-        self.is_open = (
-            not torch.is_grad_enabled()
-            and is_plain(_ANY)
-            and not torch.is_autocast_enabled("cpu")
-            and all(way.holds for way in self._ways)
-        )
+        is_plain_here = is_plain(_ANY) and not torch.is_autocast_enabled("cpu")
+        self._thread = get_ident() if is_plain_here and all(way.holds for way in self._ways) else None
 
     def close(self, *_: Any) -> None:
         """It ended."""
-        self.is_open = False
+        self._thread = None
 
 
-class Short(NamedTuple):
-    """What a layer keeps."""
+class _Kept(NamedTuple):
+    """What a layer keeps: its way, and that of all; whose keys and values they are; its experts."""
 
     walk: Walk
     way: Way
+    number: int
+    experts: nn.Module
 
 
 def shorten_layers(model: nn.Module, way_of: Callable[[nn.Module], Way | None]) -> int:
@@ -113,10 +117,14 @@ def shorten_layers(model: nn.Module, way_of: Callable[[nn.Module], Way | None]) 
     found = {module: way for module in model.modules() if (way := way_of(module)) is not None}
     if found:
         walk = Walk(list(found.values()))
-        give_ways(found, _Short, _WAY, lambda module: Short(walk, found[module]))
+        give_ways(found, _Short, _WAY, lambda module: _kept(walk, found[module], module))
         model.register_forward_pre_hook(walk.open)
         model.register_forward_hook(walk.close, always_call=True)
     return len(found)
+
+
+def _kept(walk: Walk, way: Way, layer: Any) -> _Kept:
+    return _Kept(walk, way, layer.self_attn.layer_idx, layer.mlp.experts)
 
 
 class _Short:
@@ -124,11 +132,11 @@ class _Short:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the layer's own."""
-        layer: Any = self
-        walk, way = getattr(layer, _WAY)
+        kept: _Kept = getattr(self, _WAY)
+        way = kept.way
         past, turns = kwargs.get("past_key_values"), kwargs.get("position_embeddings")
         if (
-            not walk.is_open
+            not kept.walk.is_open
             or past is None
             or turns is None
             or kwargs.get("attention_mask") is not None
@@ -143,6 +151,6 @@ class _Short:
         queries, keys = way.heads
         heads = way.begin(hidden_states, turns).view(1, queries + 2 * keys, 1, -1)
         query, key, value = heads.tensor_split((queries, queries + keys), dim=1)
-        key, value = past.update(key, value, layer.self_attn.layer_idx)
+        key, value = past.update(key, value, kept.number)
         residual, x, shares, chosen = way.end(hidden_states, query, key, value)
-        return way.add(residual, streamed_forward(layer.mlp.experts, x, chosen, shares))
+        return way.add(residual, weighted_sum(kept.experts, x, chosen, shares))

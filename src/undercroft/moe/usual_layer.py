@@ -81,15 +81,20 @@ def routing_of(router: nn.Module) -> Routing | None:
     return Routing(among=True, rounded=False) if alike(forward, _forward_of(MixtralTopKRouter)) else None
 
 
-def usual(layer: nn.Module) -> Usual | None:
-    """The parts of a decoder layer that is one of those."""
+def usual(layer: nn.Module, is_norm: Callable[[nn.Module], bool] = is_rms_norm) -> Usual | None:
+    """The parts of a decoder layer that is one of those.
+
+    Args:
+        layer: any module.
+        is_norm: whether a norm does what Llama's does.
+    """
     module = cast("Any", layer)
     if not _is_one(layer, _LAYERS) or not _is_one(module.mlp, _BLOCKS):
         return None
     attention, router = module.self_attn, module.mlp.gate
     routing, head_norms = routing_of(router), norms_of(attention)
     norms = (module.input_layernorm, module.post_attention_layernorm)
-    if routing is None or head_norms is None or not all(map(is_rms_norm, norms)):
+    if routing is None or head_norms is None or not all(map(is_norm, norms)):
         return None
     return Usual(
         norms=norms,
