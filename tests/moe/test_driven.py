@@ -10,7 +10,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from undercroft.errors import BudgetExceeded, InvalidInput
-from undercroft.kernels import feed_forwards
+from undercroft.kernels import Gated, feed_forwards
 from undercroft.moe.driven import Driven
 from undercroft.moe.forwards import Forward, fold, forwards, twice
 from undercroft.moe.manifest import PackedLayer, PackedParameter
@@ -92,10 +92,10 @@ def test_a_token_meets_packed_experts_in_one_call(tmp_path: Path) -> None:
                 if len(each.chosen) > 1:
                     continue
                 held = resident.held[each.layer]
-                assert held.gated is not None
+                assert isinstance(held.kernel, Gated)
                 order = sorted(range(3), key=each.chosen[0].tolist().__getitem__)
                 blocks = [held.blocks[each.chosen[0].tolist()[slot]] for slot in order]
-                products = feed_forwards(each.hidden, blocks, held.gated)
+                products = feed_forwards(each.hidden, blocks, held.kernel)
                 assert torch.equal(out, (each.weights[:, order].float() @ products).to(out.dtype))
                 decoded += 1
             assert decoded > 10

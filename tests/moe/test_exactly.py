@@ -92,13 +92,11 @@ def test_squeezed_experts_are_restored_where_they_cannot_be_multiplied_with(
     same(stock(folder), load_moe(squeezed, "4MiB", dtype=torch.float32), prompt(), tokens=8)
 
 
-def test_squeezed_experts_are_served_beside_low_copies(
-    squeezed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_squeezed_experts_are_served_beside_low_copies(folder: Path, squeezed: Path, tmp_path: Path) -> None:
+    pack(folder, tmp_path / "kept", high="keep", low="int4")
     quality, texts = Quality(low=1.0, thresholds=(0.3, 1.0)), []
-    for takes in (bitwise_lossless.takes, lambda x: False):
-        monkeypatch.setattr(bitwise_lossless, "takes", takes)
-        model: Any = load_moe(squeezed, "1MiB", quality)
+    for source in (squeezed, tmp_path / "kept"):
+        model: Any = load_moe(source, "4MiB", quality)
         texts.append(model.generate(prompt(), max_new_tokens=24, do_sample=False, pad_token_id=0))
         assert 0 < expert_report(model).low_mass < 1
     assert torch.equal(*texts)

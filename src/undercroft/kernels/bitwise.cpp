@@ -14,6 +14,7 @@
 #include <new>
 
 #include "bitwise.h"
+#include "bitwise_experts.h"
 #include "vectors.h"
 
 namespace {
@@ -21,7 +22,6 @@ namespace {
 constexpr int64_t kPlaces = 64;
 constexpr int kQuarters = 4;        // vectors of sixteen places
 constexpr int64_t kSixteen = 16;
-constexpr int64_t kPanel = 64;       // outputs of a task
 constexpr int kRows = 3, kOutputs = 2;  // of a tile: its sums fill twelve of sixteen registers
 
 // One product, as kernels/bitwise.py lays it out: out[rows, outputs] = x[rows, columns] times weight[outputs, columns].
@@ -34,11 +34,7 @@ struct Product {
   uint16_t* out;
 };
 
-#if defined(__x86_64__)
 #define TARGET TARGET_AVX2
-#else
-#define TARGET
-#endif
 
 // Where a product's rows, taken apart, begin among all, and its first task; rows that two in turn share are there once.
 struct Part {
@@ -159,10 +155,29 @@ TARGET void multiply(const Product& p, const float* x, int64_t columns, int64_t 
 }
 #endif
 
-// out[width] = out + row * share, both rounded.
-TARGET void add(const uint16_t* row, float share, int64_t width, uint16_t* out) {
-  for (int64_t d = 0; d < width; d++) out[d] = to_bf16(from_bf16(out[d]) + from_bf16(to_bf16(from_bf16(row[d]) * share)));
-}
+#if defined(__x86_64__)
+// A matrix as it lies, for `feed`.
+struct Plain {
+  const uint16_t* weight;
+  int64_t columns;
+
+  static void take_apart(const uint16_t* x, int64_t columns, float* out) { ::take_apart(x, columns, out); }
+
+  TARGET bool multiply(const float* x, int64_t first, int64_t count, uint16_t* out) const {
+    Pair quarters[kQuarters];
+    for (int64_t i = 0; i < count; i++) {
+      multiply_one(x, weight + (first + i) * columns, columns, quarters);
+      out[i] = rounded(quarters, nullptr, 0);
+    }
+    return true;
+  }
+};
+#endif
+
+// An expert, as kernels/bitwise_experts.py lays it out: gate_up[2 * inner, width], down[width, inner].
+struct Expert {
+  const uint16_t *gate_up, *down;
+};
 
 }  // namespace
 
@@ -200,10 +215,31 @@ bool undercroft_bitwise_multiply(int threads, int64_t columns, int64_t count, co
   return false;
 }
 
+// out[width] of `terms` shares of experts, or out[count, width] where there are none, of the token x[width]; width and inner
+// are multiples of 64. See bitwise_experts.h. 0: done; 1: no memory, or no such processor.
+int undercroft_bitwise_experts(int threads, int64_t width, int64_t inner, int64_t count, const Expert* experts,
+                               const uint16_t* activation, int nan, const uint16_t* x, int64_t terms,
+                               const int64_t* order, const float* shares, uint16_t* out) try {
+#if defined(__x86_64__)
+  const std::unique_ptr<Plain[]> matrices(new Plain[2 * count]);
+  for (int64_t i = 0; i < count; i++) {
+    matrices[i] = {experts[i].gate_up, width};
+    matrices[count + i] = {experts[i].down, inner};
+  }
+  const Elementwise between = {activation, static_cast<uint16_t>(nan)};
+  mix(threads, width, inner, count, matrices.get(), matrices.get() + count, between, x, terms, order, shares, out);
+  return 0;
+#else
+  return 1;
+#endif
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
 // out[width]: rows[order[i]][width] times shares[i], rounded, one added to the other, each sum rounded.
 void undercroft_bitwise_add_up(int64_t width, int64_t count, const uint16_t* rows, const int64_t* order,
-                               const float* shares, uint16_t* out) {
+                               const float* shares, int nan, uint16_t* out) {
   std::fill_n(out, width, uint16_t{0});
-  for (int64_t i = 0; i < count; i++) add(rows + order[i] * width, shares[i], width, out);
+  for (int64_t i = 0; i < count; i++) add(rows + order[i] * width, shares[i], width, static_cast<uint16_t>(nan), out);
 }
 }

@@ -4,6 +4,10 @@
 
 #include "vectors.h"
 
+#if !defined(__x86_64__)
+#define TARGET_AVX2
+#endif
+
 namespace {
 
 constexpr uint16_t kNotANumber = 0x7fc0;

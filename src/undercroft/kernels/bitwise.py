@@ -38,7 +38,7 @@ class _Native:
         self.multiply.argtypes = (c_int, c_int64, c_int64, c_void_p)
         self.multiply.restype = c_bool
         self.add_up = compiled.undercroft_bitwise_add_up
-        self.add_up.argtypes = (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p)
+        self.add_up.argtypes = (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_void_p)
         self.add_up.restype = None
 
 
@@ -175,8 +175,15 @@ def add_up(rows: Tensor, order: Sequence[int], shares: Sequence[float]) -> Tenso
     count, width = len(order), rows.shape[1]
     out = rows.new_empty(1, width)
     terms = (pack(f"{count}q", *order), pack(f"{count}f", *shares))
-    native.add_up(width, count, rows.data_ptr(), *terms, out.data_ptr())
+    native.add_up(width, count, rows.data_ptr(), *terms, nan(), out.data_ptr())
     return out
+
+
+@cache
+def nan() -> int:
+    """The bits of the NaN that PyTorch makes of one, where it computes in whole vectors of bfloat16."""
+    found = torch.full((PLACES,), torch.nan, dtype=torch.bfloat16, device="cpu") * 1
+    return int(found.view(torch.int16)[0]) & 0xFFFF
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> tuple[int, ...]:
@@ -196,9 +203,15 @@ def _multiply(columns: int, fields: Sequence[int]) -> None:
 
 
 @cache
+def compiled() -> ctypes.CDLL | None:
+    """`bitwise.cpp`; None where there is no AVX2, or nothing compiles."""
+    return library.compiled_with_avx2("bitwise", "bitwise.h", "bitwise_experts.h")
+
+
+@cache
 def _native() -> _Native | None:
-    compiled = library.compiled_with_avx2("bitwise", "bitwise.h")
-    return None if compiled is None else _Native(compiled)
+    found = compiled()
+    return None if found is None else _Native(found)
 
 
 def knows(columns: int, weight: Tensor, bias: Tensor | None = None) -> bool:

@@ -13,15 +13,16 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "bitwise.h"
+#include "bitwise_experts.h"
 #include "lossless.h"
 #include "vectors.h"
 
 namespace {
 
 constexpr int64_t kBlocks = kChunk / kBlock;  // of a chunk
-constexpr int64_t kPanel = 64;                // outputs of a task
 constexpr int64_t kAhead = 8, kRing = 16;     // blocks that are looked up and not yet multiplied; that there is room for
 constexpr int kUsual = 3;                     // rare exponents of a block that are put in without a branch
 
@@ -168,7 +169,26 @@ TARGET bool multiply(const Squeezed& weight, const float* x, int64_t steps, int6
   }
   return true;
 }
+// A matrix as it lies, for `feed`.
+struct Lying {
+  Squeezed weight;
+  int64_t columns;
+
+  static void take_apart(const uint16_t* x, int64_t columns, float* out) { ::take_apart(x, columns, out); }
+
+  bool multiply(const float* x, int64_t first, int64_t count, uint16_t* out) const {
+    return ::multiply(weight, x, columns / kBlock, first, count, out);
+  }
+};
 #endif
+
+// An expert, as kernels/bitwise_experts.py lays it out: each matrix and the rare exponents that it has room for.
+struct Expert {
+  const uint8_t* gate_up;
+  int64_t gate_up_rare;
+  const uint8_t* down;
+  int64_t down_rare;
+};
 
 }  // namespace
 
@@ -207,6 +227,27 @@ int undercroft_bitwise_lossless_multiply(int threads, int64_t columns, int64_t c
     const int64_t first = (task - tasks[i]) * kPanel, some = std::min(kPanel, p.outputs - first);
     if (!multiply(weight, rows[i], columns / kBlock, p.first + first, some, p.out + first)) is_whole = false;
   });
+  return is_whole ? 0 : 2;
+#else
+  return 1;
+#endif
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+// As `undercroft_bitwise_experts`. 2: a weight asks for more rare exponents than it has.
+int undercroft_bitwise_lossless_experts(int threads, int64_t width, int64_t inner, int64_t count, const Expert* experts,
+                                        const uint16_t* activation, int nan, const uint16_t* x, int64_t terms,
+                                        const int64_t* order, const float* shares, uint16_t* out) try {
+#if defined(__x86_64__)
+  std::vector<Lying> gate_up, down;
+  for (int64_t i = 0; i < count; i++) {
+    gate_up.push_back({Squeezed(experts[i].gate_up, 2 * inner * width, experts[i].gate_up_rare), width});
+    down.push_back({Squeezed(experts[i].down, width * inner, experts[i].down_rare), inner});
+  }
+  const Elementwise between = {activation, static_cast<uint16_t>(nan)};
+  const bool is_whole =
+      mix(threads, width, inner, count, gate_up.data(), down.data(), between, x, terms, order, shares, out);
   return is_whole ? 0 : 2;
 #else
   return 1;

@@ -75,9 +75,6 @@ class _Native:
         self.multiply = compiled.undercroft_bitwise_lossless_multiply
         self.multiply.argtypes = (c_int, c_int64, c_int64, c_void_p)
         self.multiply.restype = c_int
-        works = compiled.undercroft_bitwise_lossless_works
-        works.restype = c_bool
-        self.works = bool(works())
 
 
 @cache
@@ -171,10 +168,19 @@ def _multiply(columns: int, fields: Sequence[int]) -> None:
 
 
 @cache
+def compiled() -> ctypes.CDLL | None:
+    """`bitwise_lossless.cpp`; None where the instructions that it takes are not here, or nothing compiles."""
+    found = library.compiled_with_avx2("bitwise_lossless", "bitwise.h", "bitwise_experts.h", "lossless.h")
+    if found is None:
+        return None
+    found.undercroft_bitwise_lossless_works.restype = c_bool
+    return found if found.undercroft_bitwise_lossless_works() else None
+
+
+@cache
 def _native() -> _Native | None:
-    compiled = library.compiled_with_avx2("bitwise_lossless", "bitwise.h", "lossless.h")
-    native = None if compiled is None else _Native(compiled)
-    return native if native is not None and native.works else None
+    found = compiled()
+    return None if found is None else _Native(found)
 
 
 @torch.no_grad()

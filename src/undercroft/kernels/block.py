@@ -7,7 +7,7 @@ lie within memory that stays as it is until the call returns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +17,30 @@ from undercroft.kernels import library
 from undercroft.kernels.linear import DTYPES
 
 
+class ExpertKernel(Protocol):
+    """What computes gated feed-forward blocks of one token by their addresses."""
+
+    def taken(self, x: Tensor) -> Tensor | None:
+        """A token (1, width) as it is computed with; None where it cannot be."""
+        ...
+
+    def feed_forwards(self, x: Tensor, blocks: Sequence[tuple[int, ...]]) -> Tensor:
+        """What each block makes of a token that was `taken`, (blocks, width)."""
+        ...
+
+    def mix(self, x: Tensor, blocks: Sequence[tuple[int, ...]], terms: Sequence[tuple[int, float]]) -> Tensor:
+        """The sum of some, each by its number and its share, in the order of the terms, (1, width)."""
+        ...
+
+    def add_up(
+        self, products: Sequence[Tensor], terms: Sequence[tuple[int, float]], dtype: torch.dtype
+    ) -> Tensor:
+        """The same sum of what `feed_forwards` gave in one call or more, whose rows count on."""
+        ...
+
+
 class Gated(NamedTuple):
-    """Sizes of a gated feed-forward block.
+    """Sizes of a gated feed-forward block; an `ExpertKernel` of `Block`s.
 
     Attributes:
         width: H, of what goes in and comes out.
@@ -27,6 +49,24 @@ class Gated(NamedTuple):
 
     width: int
     intermediate: int
+
+    def taken(self, x: Tensor) -> Tensor:
+        """See `ExpertKernel`."""
+        return x if x.dtype in DTYPES else x.float()
+
+    def feed_forwards(self, x: Tensor, blocks: Sequence[tuple[int, ...]]) -> Tensor:
+        """See `ExpertKernel`, and the function of that name."""
+        return feed_forwards(x, blocks, self)
+
+    def mix(self, x: Tensor, blocks: Sequence[tuple[int, ...]], terms: Sequence[tuple[int, float]]) -> Tensor:
+        """See `ExpertKernel`, and the function of that name."""
+        return mix(x, blocks, self, terms)
+
+    def add_up(
+        self, products: Sequence[Tensor], terms: Sequence[tuple[int, float]], dtype: torch.dtype
+    ) -> Tensor:
+        """See `ExpertKernel`, and the function of that name."""
+        return add_up(products, terms, dtype)
 
 
 class Block(NamedTuple):
@@ -52,13 +92,27 @@ class Block(NamedTuple):
     down_bits: int
     down_group: int
 
+    def at(self, address: int) -> Block:
+        """The same of offsets into a record, for where that lies."""
+        levels, down_levels = self.gate_up_levels, self.down_levels
+        return Block(
+            address + self.gate_up,
+            levels and address + levels,
+            self.bits,
+            self.group,
+            address + self.down,
+            down_levels and address + down_levels,
+            self.down_bits,
+            self.down_group,
+        )
+
 
 def available() -> bool:
     """Whether `feed_forwards` can be called: something compiled the native kernels."""
     return library.load() is not None
 
 
-def feed_forwards(x: Tensor, blocks: Sequence[Block], sizes: Gated) -> Tensor:
+def feed_forwards(x: Tensor, blocks: Sequence[tuple[int, ...]], sizes: Gated) -> Tensor:
     """What each block makes of one token; bit for bit the same whatever other blocks the call has.
 
     Args:
@@ -76,7 +130,9 @@ def feed_forwards(x: Tensor, blocks: Sequence[Block], sizes: Gated) -> Tensor:
     return _native().blocks(x.contiguous(), blocks, sizes.intermediate)
 
 
-def mix(x: Tensor, blocks: Sequence[Block], sizes: Gated, terms: Sequence[tuple[int, float]]) -> Tensor:
+def mix(
+    x: Tensor, blocks: Sequence[tuple[int, ...]], sizes: Gated, terms: Sequence[tuple[int, float]]
+) -> Tensor:
     """`add_up` of what `feed_forwards` gives, in one call and to the bit.
 
     Args:
@@ -126,7 +182,7 @@ def _native() -> library.Library:
     return found
 
 
-def _require_token(x: Tensor, blocks: Sequence[Block], sizes: Gated) -> None:
+def _require_token(x: Tensor, blocks: Sequence[tuple[int, ...]], sizes: Gated) -> None:
     if x.shape != (1, sizes.width) or x.dtype not in DTYPES or not x.is_cpu or not blocks:
         raise InvalidInput(
             f"one token [1, {sizes.width}] of float32 or bfloat16 on the CPU meets blocks, not {list(x.shape)} of "

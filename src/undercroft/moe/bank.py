@@ -16,6 +16,8 @@ from undercroft.models.recipe import Recipe, item
 from undercroft.models.tensor_files import LINE
 from undercroft.store.record import Key
 
+GATED = ("gate_up_proj", "down_proj")
+"""What most families call the two matrices of an expert."""
 PHASED = (torch.float32, torch.float64)
 """The dtypes in which PyTorch's products heed where a matrix begins; see `checkpoint`."""
 

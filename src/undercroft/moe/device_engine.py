@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from undercroft.events import Recorder
-from undercroft.kernels import Block, Gated, feed_forwards
-from undercroft.kernels.linear import DTYPES
+from undercroft.kernels import ExpertKernel
 from undercroft.moe.carriage import send
 from undercroft.moe.cooperate import Estimates
 from undercroft.moe.engine import Engine, ExpertReport, ExpertSource, ServedLayer, taken
@@ -151,7 +150,7 @@ class _Near(NamedTuple):
 class DeviceService:
     """The experts of one forward of one layer; a `streamed.Service`."""
 
-    gated: Gated | None = None
+    kernel: ExpertKernel | None = None
 
     def __init__(self, engine: DeviceEngine, layer: ServedLayer, choices: Sequence[Choice]) -> None:
         self._engine, self._slots, self._layer = engine, engine.slots, layer
@@ -199,8 +198,8 @@ class DeviceService:
             group = self._divide(arrived)
             del arrived
 
-    def blocks(self) -> Iterator[Sequence[tuple[int, Block]]]:
-        """None; see `gated`."""
+    def blocks(self) -> Iterator[Sequence[tuple[int, tuple[int, ...]]]]:
+        """None; see `kernel`."""
         return iter(())
 
     def close(self) -> None:
@@ -320,8 +319,9 @@ class DeviceService:
 
     def _products(self, arrived: Sequence[tuple[Key, Lease]], x: Tensor, feed_forward: FeedForward) -> Tensor:
         """What experts make of one token where they lie: (experts, width)."""
-        sizes = self._layer.gated
-        if sizes is not None and feed_forward.is_silu and x.dtype in DTYPES:
-            return feed_forwards(x, [self._engine.block(key, lease) for key, lease in arrived], sizes)
+        kernel = self._layer.kernel if feed_forward.is_silu else None
+        taken = None if kernel is None else kernel.taken(x)
+        if kernel is not None and taken is not None:
+            return kernel.feed_forwards(taken, [self._engine.block(key, lease) for key, lease in arrived])
         opened = (self._engine.open(self._layer, key, lease) for key, lease in arrived)
         return torch.cat([feed_forward.of_each(x, [each]) for each in opened])

@@ -21,7 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from undercroft import machine
 from undercroft.errors import InvalidInput
 from undercroft.events import Recorder
-from undercroft.kernels import Block, Gated
+from undercroft.kernels import ExpertKernel
 from undercroft.moe.engine import Engine, ServedLayer
 from undercroft.moe.feed_forward import FeedForward
 from undercroft.moe.forwards import Forward
@@ -81,7 +81,8 @@ class Driven:
         except BaseException:
             self.close()
             raise
-        self._layers = [_served(experts, layer) for layer in experts.layers]
+        low = quality is not None and quality.degrades
+        self._layers = [_served(experts, layer, low=low) for layer in experts.layers]
         for layer, module in zip(self._layers, modules, strict=True):
             attach(module, partial(self.engine.serve, layer))
         self._modules = modules
@@ -124,13 +125,13 @@ class Driven:
     def _all(self, layer: ServedLayer) -> Held:
         """The experts of a layer."""
         parameters: dict[int, Mapping[str, Tensor]] = {}
-        blocks: dict[int, Block] = {}
+        blocks: dict[int, tuple[int, ...]] = {}
         for key, lease in self._cache.fetch(self.engine.stock.high_keys[layer.number]):
             expert = self.engine.stock.places[key].expert
             parameters[expert] = self.engine.open(layer, key, lease)  # which hold the lease
-            if layer.gated is not None:
+            if layer.kernel is not None:
                 blocks[expert] = self.engine.block(key, lease)
-        return Held(parameters, blocks, layer.gated)
+        return Held(parameters, blocks, layer.kernel)
 
     def _told(self, forwards: Iterable[Forward]) -> Iterator[Forward]:
         """The forwards, as the engine is told of each."""
@@ -145,13 +146,13 @@ class Held(NamedTuple):
 
     Attributes:
         parameters: of each, as the model takes them.
-        blocks: where they are, if they are `gated`.
-        gated: their sizes, if so.
+        blocks: where they are, if there is a `kernel`.
+        kernel: what computes them by that, if something does.
     """
 
     parameters: Mapping[int, Mapping[str, Tensor]]
-    blocks: Mapping[int, Block]
-    gated: Gated | None
+    blocks: Mapping[int, tuple[int, ...]]
+    kernel: ExpertKernel | None
 
 
 class Resident:
@@ -180,12 +181,12 @@ class _Here:
 
     def __init__(self, held: Held, chosen: Tensor) -> None:
         self._held, self._chosen = held, chosen
-        self.gated = held.gated
+        self.kernel = held.kernel
 
     def __getitem__(self, expert: int) -> Mapping[str, Tensor]:
         return self._held.parameters[expert]
 
-    def blocks(self) -> Iterator[Sequence[tuple[int, Block]]]:
+    def blocks(self) -> Iterator[Sequence[tuple[int, tuple[int, ...]]]]:
         """All at once."""
         return iter([[(expert, self._held.blocks[expert]) for expert in self._wanted()]])
 
@@ -231,7 +232,9 @@ def _module(layer: PackedLayer) -> MixtralExperts:
         return MixtralExperts(config)
 
 
-def _served(experts: PackedExperts, layer: PackedLayer) -> ServedLayer:
+def _served(experts: PackedExperts, layer: PackedLayer, *, low: bool) -> ServedLayer:
     dtypes = {name: each.dtype for name, each in layer.parameters.items()}
-    gated = experts.gated(layer.number)
-    return ServedLayer(number=layer.number, experts=layer.experts, dtypes=dtypes, gated=gated, is_usual=True)
+    kernel = experts.kernel(layer.number, low=low)
+    return ServedLayer(
+        number=layer.number, experts=layer.experts, dtypes=dtypes, kernel=kernel, is_usual=True
+    )

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from undercroft.errors import BudgetExceeded
 from undercroft.events import Recorder
-from undercroft.kernels import Block, Gated, bitwise_lossless
-from undercroft.kernels.bitwise_lossless import Squeezed
+from undercroft.kernels import ExpertKernel
 from undercroft.moe.feed_forward import FeedForward
 from undercroft.moe.hints import Hints
 from undercroft.moe.importance import Use, weigh
@@ -47,19 +46,11 @@ class ExpertSource(Protocol):
         """An expert's parameters, as stored, over a lease that holds it."""
         ...
 
-    def squeezes(self, layer: int) -> bool:
-        """Whether kernels multiply a token with a layer's full copies as they lie, so that `squeezed` gives each."""
+    def kernel(self, layer: int, *, low: bool) -> ExpertKernel | None:
+        """What computes a layer's experts by addresses, low copies too or not; then `block` gives each."""
         ...
 
-    def squeezed(self, key: Key, lease: Lease) -> Mapping[str, Squeezed] | None:
-        """An expert's parameters as they lie, over a lease that holds it; None for those that are not squeezed."""
-        ...
-
-    def gated(self, layer: int) -> Gated | None:
-        """The sizes of a layer's experts, where `block` gives each as the kernels take it."""
-        ...
-
-    def block(self, key: Key, lease: Lease) -> Block:
+    def block(self, key: Key, lease: Lease) -> tuple[int, ...]:
         """Where an expert is while a lease holds it."""
         ...
 
@@ -72,17 +63,15 @@ class ServedLayer:
         number: among the layers with experts.
         experts: how many.
         dtypes: of each of their parameters in the model.
-        gated: their sizes, where they are `Block`s.
+        kernel: what computes them by their addresses, if something does.
         is_usual: one token goes through `outputs` or `blocks`; other forwards may keep what they are given for longer.
-        squeezes: a token in bfloat16 is multiplied with what `ExpertSource.squeezed` gives.
     """
 
     number: int
     experts: int
     dtypes: Mapping[str, torch.dtype]
-    gated: Gated | None = None
+    kernel: ExpertKernel | None = None
     is_usual: bool = False
-    squeezes: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,9 +160,6 @@ class Engine:
         self._hints = Hints(stock, cache, policy, recorder)
         # By the lease that an expert is kept by, not by one that pins it: so what was made of it goes when it leaves.
         self._opened: WeakKeyDictionary[Lease, tuple[Key, Mapping[str, Tensor]]] = WeakKeyDictionary()
-        self._squeezed: WeakKeyDictionary[Lease, tuple[Key, Mapping[str, Squeezed] | None]] = (
-            WeakKeyDictionary()
-        )
         largest = max((*stock.high_nbytes, *stock.low_nbytes))
         if cache.budget < largest:
             raise BudgetExceeded(largest, cache.budget, least=largest)
@@ -256,14 +242,7 @@ class Engine:
             self._opened[lease.first] = (key, opened)
         return opened, stays
 
-    def squeezed(self, key: Key, lease: Lease) -> Mapping[str, Squeezed] | None:
-        """An expert as it lies squeezed, if it does, for as long as the lease lives; made once while it stays."""
-        known = self._squeezed.get(lease.first)
-        if known is None or known[0] != key:
-            known = self._squeezed[lease.first] = (key, self._source.squeezed(key, lease.first))
-        return known[1]
-
-    def block(self, key: Key, lease: Lease) -> Block:
+    def block(self, key: Key, lease: Lease) -> tuple[int, ...]:
         """An expert as the kernels take it, for as long as the lease lives."""
         return self._source.block(key, lease)
 
@@ -325,7 +304,7 @@ class LayerService:
         """What those make of a token that were chosen and are not skipped: those in memory first, then as they come.
 
         Those that lie in the cache as they are computed with are computed together. The others are made for it, one
-        at a time, for what is made takes memory; of squeezed ones nothing is, where a kernel multiplies with them.
+        at a time, for what is made takes memory.
         """
         while True:
             while arrived := self._together():
@@ -334,11 +313,11 @@ class LayerService:
                 return
 
     @property
-    def gated(self) -> Gated | None:
-        """The sizes of its experts, where they are `Block`s."""
-        return self._layer.gated
+    def kernel(self) -> ExpertKernel | None:
+        """See `streamed.Service`."""
+        return self._layer.kernel
 
-    def blocks(self) -> Iterator[Sequence[tuple[int, Block]]]:
+    def blocks(self) -> Iterator[Sequence[tuple[int, tuple[int, ...]]]]:
         """Those, all that are there at a time, as blocks that stay until the next are asked for.
 
         All of a wave have room together, so none has to leave for the next.
@@ -364,14 +343,9 @@ class LayerService:
         places = self._engine.stock.places
         made: list[tuple[Sequence[int], Tensor]] = []
         kept: list[tuple[int, Lease, Mapping[str, Tensor]]] = []
-        squeezed: list[tuple[int, Lease, Mapping[str, Squeezed]]] = []
-        squeezes = self._layer.squeezes and bitwise_lossless.takes(x)
         arrived.reverse()
         while arrived:
             key, lease = arrived.pop()
-            if squeezes and (found := self._engine.squeezed(key, lease)) is not None:
-                squeezed.append((places[key].expert, lease, found))
-                continue
             parts, stays = self._engine.view(self._layer, key, lease)
             if stays:
                 kept.append((places[key].expert, lease, parts))
@@ -381,9 +355,6 @@ class LayerService:
         if kept:
             rows = feed_forward.of_each(x, [parts for _, _, parts in kept])
             made.append(([expert for expert, _, _ in kept], rows))
-        if squeezed:
-            rows = feed_forward.of_each_squeezed(x, [parts for _, _, parts in squeezed])
-            made.append(([expert for expert, _, _ in squeezed], rows))
         return made
 
     def _begin(self) -> bool:

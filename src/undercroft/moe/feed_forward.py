@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
-from undercroft.kernels import bitwise, bitwise_lossless
-from undercroft.kernels.bitwise_lossless import Squeezed
+from undercroft.kernels import bitwise
+from undercroft.moe.bank import GATED
 
-_GATE_UP, _DOWN = "gate_up_proj", "down_proj"
+_GATE_UP, _DOWN = GATED
 _SERIAL = 2**15
 """Elements below which PyTorch computes what is elementwise in one piece; pieces end where they like."""
 _SILU: Any = tuple(type(ACT2FN[name]) for name in ("silu", "swish"))  # pyright: ignore
@@ -48,15 +48,6 @@ class FeedForward(NamedTuple):
             return made[0] if len(made) == 1 else torch.cat(made)
         gates, ups = bitwise.gates_and_ups(x, [parts[_GATE_UP] for parts in experts])
         return bitwise.row_by_row(self._activated(gates) * ups, [parts[_DOWN] for parts in experts])
-
-    def of_each_squeezed(self, x: Tensor, experts: Sequence[Mapping[str, Squeezed]]) -> Tensor:
-        """`of_each` of experts as they lie squeezed, all of one shape; `bitwise_lossless.takes` allows x.
-
-        Raises:
-            CorruptRecord: the bytes of one are none that were squeezed.
-        """
-        gates, ups = bitwise_lossless.gates_and_ups(x, [parts[_GATE_UP] for parts in experts])
-        return bitwise_lossless.row_by_row(self._activated(gates) * ups, [parts[_DOWN] for parts in experts])
 
     def _activated(self, gates: Tensor) -> Tensor:
         """Rows (experts, inner) as if each were by itself.

@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from undercroft.errors import CorruptRecord, InvalidInput, TransferFailed
-from undercroft.kernels import Block
+from undercroft.errors import CorruptRecord, TransferFailed
+from undercroft.kernels import ExpertKernel
+from undercroft.kernels.bitwise_experts import PlainBlock, exact_kernel
 from undercroft.models.checkpoint import Checkpoint
 from undercroft.models.recipe import Array, Recipe, Stored, assemble, is_plain, leaves
 from undercroft.models.tensor_files import LINE, Version
-from undercroft.moe.bank import Layer, Parameter, view_of
+from undercroft.moe.bank import GATED, Layer, Parameter, view_of
 from undercroft.moe.stock import Stock
 from undercroft.store.disk import DiskFile, Syscalls, open_file
 from undercroft.store.ranges import BLOCK, round_up
@@ -125,19 +126,17 @@ class IndexedExperts:
             for name, each in expert.layer.parameters.items()
         }
 
-    def squeezes(self, layer: int) -> bool:
-        """No: what a checkpoint has is not packed."""
-        return False
+    def kernel(self, layer: int, *, low: bool) -> ExpertKernel | None:
+        """What computes a layer's experts where they lie, if something here does; there are no low copies."""
+        found = next(each for each in self.layers if each.number == layer).parameters
+        if set(found) != set(GATED) or any(each.stored is not torch.bfloat16 for each in found.values()):
+            return None
+        return exact_kernel(*(found[name].shape for name in GATED), squeezed=False)
 
-    def squeezed(self, key: Key, lease: Lease) -> None:
-        """Nothing here is squeezed; see `squeezes`."""
-
-    def gated(self, layer: int) -> None:
-        """None: what a checkpoint has is not packed."""
-
-    def block(self, key: Key, lease: Lease) -> Block:
-        """Nothing here is a block; see `gated`."""
-        raise InvalidInput(f"{key.name} lies in a checkpoint, which is not packed")
+    def block(self, key: Key, lease: Lease) -> PlainBlock:
+        """An expert of a layer that has a `kernel`, for as long as a lease holds it."""
+        places = self._experts[key].places
+        return PlainBlock(*(lease.address + places[name] for name in GATED))
 
     def stock(self, used: int) -> Stock:
         """What a policy needs to know of them.

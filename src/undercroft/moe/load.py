@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from undercroft import arithmetic, machine
 from undercroft.errors import BudgetExceeded, InvalidInput
 from undercroft.events import Recorder
+from undercroft.kernels.bitwise_experts import BitwiseExperts
 from undercroft.models.checkpoint import Checkpoint
 from undercroft.models.place import download, locate
 from undercroft.models.source import read_config
@@ -231,7 +232,7 @@ def _wire(
     """Let the model's forwards ask the engine."""
     for layer in experts.layers:
         module = model.get_submodule(layer.module)
-        attach(module, partial(engine.serve, _served(experts, layer, module)))
+        attach(module, partial(engine.serve, _served(experts, layer, module, low=not engine.is_exact)))
     if prefetch and engine.is_exact:
         governor = prefetch if isinstance(prefetch, Governor) else Governor()
         look_ahead(model, engine, {layer.number: layer.module for layer in experts.layers}, governor)
@@ -264,17 +265,17 @@ def _tell(
     engine.turn_to(is_first=before == 0, is_prefill=before == 0 or tokens is None or added > 1)
 
 
-def _served(source: ExpertSource, layer: Layer | PackedLayer, module: Any) -> ServedLayer:
+def _served(source: ExpertSource, layer: Layer | PackedLayer, module: Any, *, low: bool) -> ServedLayer:
     dtypes = {name: weight.dtype for name, weight in module.named_parameters(recurse=False)}
-    number, usual = layer.number, is_usual(own_forward(module))
-    in_bfloat16 = all(dtype is torch.bfloat16 for dtype in dtypes.values())
+    kernel = source.kernel(layer.number, low=low)
+    if isinstance(kernel, BitwiseExperts) and any(dtype is not torch.bfloat16 for dtype in dtypes.values()):
+        kernel = None  # they are converted before they are computed with
     return ServedLayer(
-        number=number,
+        number=layer.number,
         experts=layer.experts,
         dtypes=dtypes,
-        gated=source.gated(number),
-        is_usual=usual,
-        squeezes=usual and in_bfloat16 and source.squeezes(number),
+        kernel=kernel,
+        is_usual=is_usual(own_forward(module)),
     )
 
 

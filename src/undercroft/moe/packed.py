@@ -17,14 +17,13 @@ import xxhash
 from torch import Tensor
 
 from undercroft.errors import BudgetExceeded, CorruptRecord
-from undercroft.kernels import bitwise_lossless
-from undercroft.kernels.bitwise_lossless import Squeezed
-from undercroft.kernels.block import Block, Gated, available
+from undercroft.kernels.bitwise_experts import PlainBlock, SqueezedBlock, exact_kernel
+from undercroft.kernels.block import Block, ExpertKernel, Gated, available
 from undercroft.kernels.format import Format, packed_nbytes
 from undercroft.kernels.lossless import Lossless, restore
 from undercroft.kernels.quantise import dequantise
 from undercroft.models.tensor_files import StoredTensor
-from undercroft.moe.bank import strides_of, view_of
+from undercroft.moe.bank import GATED, strides_of, view_of
 from undercroft.moe.dense import digest_of
 from undercroft.moe.levels import factors
 from undercroft.moe.manifest import DENSE, FILE, Manifest, PackedLayer, read_whole, records_file
@@ -37,10 +36,10 @@ from undercroft.store.record import Key, Record
 from undercroft.store.records import RecordFile, Verify
 from undercroft.store.slab import Lease, Lender, Slab
 
-GATED = ("gate_up_proj", "down_proj")
-"""What most families call the two matrices of an expert."""
 WORKED_ON = 2
 """Experts whose weights may be in use at once: one, and of the one before what a forward has not let go of yet."""
+Matrices = Block | PlainBlock | SqueezedBlock
+"""Where an expert has its matrices."""
 NOWHERE = -1
 """The file of a tensor that is not in the folder as such."""
 
@@ -125,7 +124,7 @@ class PackedExperts:
         self.workshop: Lender | None = None
         self._slots: dict[Key, tuple[_Slot, ...]] = {}
         self._level: set[tuple[Key, str]] = set()
-        self._offsets: dict[Key, Block] = {}
+        self._offsets: dict[Key, Matrices] = {}
         for layer, file in zip(self.layers, files, strict=True):
             for kind in forms.kinds:
                 self._slots.update(_all_slots(layer, file, kind))
@@ -146,38 +145,21 @@ class PackedExperts:
         """What a workshop lends while an expert is used, for what is lossless in it; 0 where nothing is."""
         return max(sum(slot.restored for slot in slots) for slots in self._slots.values())
 
-    def squeezes(self, layer: int) -> bool:
-        """Whether kernels here multiply a token with each full copy of a layer as it lies, as `squeezed` gives it."""
-        found = next(each for each in self.layers if each.number == layer)
-        layouts = {self._slots[found.key(expert, self.high)] for expert in range(found.experts)}
-        return all(
-            _are_squeezed(slots) and all(bitwise_lossless.reproduces(slot.part.shape[1]) for slot in slots)
-            for slots in layouts
-        )
-
-    def squeezed(self, key: Key, lease: Lease) -> dict[str, Squeezed] | None:
-        """An expert's matrices by name, squeezed as they lie; None for one that is not lossless.
+    def kernel(self, layer: int, *, low: bool) -> ExpertKernel | None:
+        """What computes a layer's experts where they lie; None where copies are of several forms, or nothing does.
 
         Args:
-            key: from `PackedLayer.key`, of a layer that `squeezes`.
-            lease: of the record's bytes, which they keep alive.
+            layer: its number.
+            low: whether low copies may serve, too.
         """
-        slots = self._slots[key]
-        if not _are_squeezed(slots):
-            return None
-        storage = lease.storage(0, lease.nbytes)
-        return {slot.part.name: _squeezed(slot.part, storage) for slot in slots}
-
-    def gated(self, layer: int) -> Gated | None:
-        """The sizes of a layer's experts, where each copy is a `Block` that the kernels here can compute."""
         found = next(each for each in self.layers if each.number == layer)
-        kinds = (self.high,) if self.low is None else (self.high, self.low)
-        layouts = [self._slots[found.key(expert, kind)] for expert in range(found.experts) for kind in kinds]
-        sizes = set(map(_gated, layouts))
-        return sizes.pop() if len(sizes) == 1 and available() else None
+        kinds = (self.high, self.low) if low and self.low is not None else (self.high,)
+        layouts = {self._slots[found.key(expert, kind)] for expert in range(found.experts) for kind in kinds}
+        kernels = set(map(_kernel, layouts))
+        return kernels.pop() if len(kernels) == 1 else None
 
-    def block(self, key: Key, lease: Lease) -> Block:
-        """An expert of a layer that is `gated`, for as long as a lease holds its record.
+    def block(self, key: Key, lease: Lease) -> Matrices:
+        """An expert of a layer that has a `kernel`, for as long as a lease holds its record.
 
         Args:
             key: from `PackedLayer.key`.
@@ -185,17 +167,7 @@ class PackedExperts:
         """
         if key not in self._offsets:
             self._offsets[key] = self._locate(key, lease)
-        at, offset = lease.address, self._offsets[key]
-        return Block(
-            at + offset.gate_up,
-            offset.gate_up_levels and at + offset.gate_up_levels,
-            offset.bits,
-            offset.group,
-            at + offset.down,
-            offset.down_levels and at + offset.down_levels,
-            offset.down_bits,
-            offset.down_group,
-        )
+        return self._offsets[key].at(lease.address)
 
     def stock(self, used: int) -> Stock:
         """What a policy needs to know of them.
@@ -225,10 +197,13 @@ class PackedExperts:
     ) -> None:
         self.close()
 
-    def _locate(self, key: Key, lease: Lease) -> Block:
-        """An expert as a `Block` of offsets into its record; columns that are all on one level need none."""
-        found = self.parameters(key, lease)
+    def _locate(self, key: Key, lease: Lease) -> Matrices:
+        """An expert as offsets into its record; columns that are all on one level need none."""
         slots = {slot.part.name: slot for slot in self._slots[key]}
+        gate_up, down = (slots[name] for name in GATED)
+        if gate_up.format is None:
+            return _exact_block(gate_up.part, down.part)
+        found = self.parameters(key, lease)
         fields: list[int] = []
         for name in GATED:
             matrix, slot = found[name], slots[name]
@@ -279,29 +254,27 @@ class PackedExperts:
         return [file[layer.key(0, kind)].nbytes for layer, file in zip(self.layers, self.files, strict=True)]
 
 
-def _gated(slots: Sequence[_Slot]) -> Gated | None:
-    """The sizes of a gated feed-forward block, if that is what a record holds, quantised."""
+def _kernel(slots: Sequence[_Slot]) -> ExpertKernel | None:
+    """What computes a gated feed-forward block here, if that is what a record holds in one form."""
     found = {slot.part.name: slot for slot in slots}
-    if found.keys() != set(GATED) or any(slot.format is None or slot.part.transposed for slot in slots):
+    if found.keys() != set(GATED) or any(slot.part.transposed for slot in slots):
         return None
     gate_up, down = (found[name] for name in GATED)
-    fits = gate_up.rows == 2 * down.columns and down.rows == gate_up.columns
-    return Gated(down.rows, down.columns) if fits else None
+    forms = {type(slot.part.content) for slot in slots}
+    if forms == {Format}:
+        fits = gate_up.rows == 2 * down.columns and down.rows == gate_up.columns
+        return Gated(down.rows, down.columns) if fits and available() else None
+    is_exact = all(slot.dtype is torch.bfloat16 for slot in slots) and len(forms) == 1
+    return (
+        exact_kernel(gate_up.part.shape, down.part.shape, squeezed=forms == {Lossless}) if is_exact else None
+    )
 
 
-def _are_squeezed(slots: Sequence[_Slot]) -> bool:
-    """Whether a record holds a gated feed-forward block, lossless."""
-    shapes = {slot.part.name: slot.part.shape for slot in slots if slot.restored}
-    if len(slots) != len(GATED) or shapes.keys() != set(GATED):
-        return False
-    gate_up, down = (shapes[name] for name in GATED)
-    return len(gate_up) == len(down) == 2 and gate_up == (2 * down[1], down[0])
-
-
-def _squeezed(part: Part, storage: torch.UntypedStorage) -> Squeezed:
-    assert isinstance(part.content, Lossless)
-    packed = view_of(storage, part.offset, torch.uint8, (part.content.nbytes,), (1,))
-    return Squeezed(packed, part.content, *part.matrix)
+def _exact_block(gate_up: Part, down: Part) -> PlainBlock | SqueezedBlock:
+    one, other = gate_up.content, down.content
+    if isinstance(one, Lossless) and isinstance(other, Lossless):
+        return SqueezedBlock(gate_up.offset, one.rare, down.offset, other.rare)
+    return PlainBlock(gate_up.offset, down.offset)
 
 
 def is_packed(folder: str | Path) -> bool:

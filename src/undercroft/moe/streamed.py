@@ -17,8 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from undercroft.errors import UnsupportedModel
-from undercroft.kernels import Block, Gated, add_up, bitwise, feed_forwards, mix
-from undercroft.kernels.linear import DTYPES
+from undercroft.kernels import ExpertKernel, bitwise
 from undercroft.moe.alike import alike
 from undercroft.moe.feed_forward import FeedForward
 from undercroft.moe.products import products_of
@@ -41,15 +40,15 @@ class Service(Protocol):
         ...
 
     @property
-    def gated(self) -> Gated | None:
-        """The sizes of its experts where these are `Block`s, so that `blocks` may be asked for."""
+    def kernel(self) -> ExpertKernel | None:
+        """What computes its experts by their addresses, if something does, so that `blocks` may be asked for."""
         ...
 
     def outputs(self, x: Tensor, feed_forward: FeedForward) -> Iterator[tuple[Sequence[int], Tensor]]:
         """What those that are not left out make of one token, (experts, width), all that are there at a time."""
         ...
 
-    def blocks(self) -> Iterator[Sequence[tuple[int, Block]]]:
+    def blocks(self) -> Iterator[Sequence[tuple[int, tuple[int, ...]]]]:
         """Those, all together that are there at a time, as blocks, which stay until the next are asked for."""
         ...
 
@@ -197,8 +196,10 @@ def _one_token(module: Any, service: Service, hidden: Tensor, chosen: Tensor, we
     """What the usual forward does to one token: experts compute as they arrive, and are summed in its own order."""
     feed_forward = FeedForward(module.act_fn)
     routed: list[int] = chosen[0].tolist()  # pyright: ignore
-    if service.gated is not None and feed_forward.is_silu:
-        return _in_one_call(service, service.gated, hidden, routed, weights)
+    if service.kernel is not None and feed_forward.is_silu:
+        x = service.kernel.taken(hidden)
+        if x is not None:
+            return _in_one_call(service, service.kernel, x, routed, weights).to(hidden.dtype)
     places: dict[int, int] = {}
     products: list[Tensor] = []
     for experts, rows in service.outputs(hidden, feed_forward):
@@ -226,10 +227,9 @@ def _summed(
 
 
 def _in_one_call(
-    service: Service, sizes: Gated, hidden: Tensor, chosen: Sequence[int], weights: Tensor
+    service: Service, kernel: ExpertKernel, x: Tensor, chosen: Sequence[int], weights: Tensor
 ) -> Tensor:
-    """The same with packed experts: one call for all where all are there, else one for each group that comes."""
-    x = hidden if hidden.dtype in DTYPES else hidden.float()
+    """The same by a kernel: one call for all where all are there, else one for each group that comes."""
     routed: list[tuple[int, float]] = sorted(zip(chosen, weights[0].tolist(), strict=True))  # pyright: ignore
     places: dict[int, int] = {}
     products: list[Tensor] = []
@@ -243,12 +243,12 @@ def _in_one_call(
         places |= {expert: place for place, (expert, _) in enumerate(group, start=len(places))}
         blocks = [block for _, block in group]
         if len(group) == count:
-            out = mix(x, blocks, sizes, terms())
+            out = kernel.mix(x, blocks, terms())
             service.close()
-            return out.to(hidden.dtype)
-        products.append(feed_forwards(x, blocks, sizes))
+            return out
+        products.append(kernel.feed_forwards(x, blocks))
     service.close()
-    return add_up(products, terms(), hidden.dtype) if products else torch.zeros_like(hidden)
+    return kernel.add_up(products, terms(), x.dtype) if products else torch.zeros_like(x)
 
 
 _USUAL: Any = MixtralExperts.forward.__wrapped__  # pyright: ignore
