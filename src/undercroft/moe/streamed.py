@@ -24,7 +24,7 @@ from undercroft.moe.products import products_of
 
 IMPLEMENTATION = "undercroft"
 """What transformers calls this way to run experts."""
-_ATTRIBUTE = "_undercroft_serve"
+_ATTRIBUTE, _IS_USUAL = "_undercroft_serve", "_undercroft_is_usual"
 
 
 class Service(Protocol):
@@ -90,6 +90,7 @@ class _Borrowed:
 def attach(module: torch.nn.Module, serve: Serve) -> None:
     """Let a module find its experts through `serve`."""
     setattr(module, _ATTRIBUTE, serve)
+    setattr(module, _IS_USUAL, is_usual(own_forward(module)))
 
 
 class Place(NamedTuple):
@@ -173,10 +174,19 @@ def streamed_forward(module: torch.nn.Module, hidden: Tensor, chosen: Tensor, we
         service.close()
 
 
-def weighted_sum(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """What an unhooked experts module gives, streamed or not; where it is, transformers is not asked who computes."""
-    is_streamed = _ATTRIBUTE in module.__dict__ and module.config._experts_implementation == IMPLEMENTATION
-    return (streamed_forward if is_streamed else type(module).__call__)(module, hidden, chosen, weights)
+def of_a_token(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """What an unhooked experts module makes of one token where nobody differentiates; most are not asked themselves.
+
+    Args:
+        module: streamed or not.
+        hidden: (1, width).
+        chosen: (1, k) int64, on the CPU.
+        weights: (1, k).
+    """
+    own = module.__dict__
+    if not own.get(_IS_USUAL) or module.config._experts_implementation != IMPLEMENTATION:
+        return module(hidden, chosen, weights)
+    return _one_token(module, own[_ATTRIBUTE](chosen, weights), hidden, chosen, weights)
 
 
 def _without(chosen: Tensor, weights: Tensor, skipped: list[int]) -> tuple[Tensor, Tensor]:

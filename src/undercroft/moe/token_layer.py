@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from undercroft.kernels.linear import is_plain
 from undercroft.moe.attention import OTHERWISE
 from undercroft.moe.mixed import give_ways
-from undercroft.moe.streamed import weighted_sum
+from undercroft.moe.streamed import of_a_token
 
 _WAY = "_undercroft_layer"
 _ANY = torch.empty(0)
@@ -153,4 +153,4 @@ class _Short:
         query, key, value = heads.tensor_split((queries, queries + keys), dim=1)
         key, value = past.update(key, value, kept.number)
         residual, x, shares, chosen = way.end(hidden_states, query, key, value)
-        return way.add(residual, weighted_sum(kept.experts, x, chosen, shares))
+        return way.add(residual, of_a_token(kept.experts, x, chosen, shares))
