@@ -234,7 +234,9 @@ def peers(
     bits: Annotated[list[str], typer.Option(help="bf16 or int8; may be repeated.")] = ["bf16", "int8"],  # noqa: B006
     reserve: Annotated[str, typer.Option(help="Bytes of a limit for our side's own needs.")] = "500MiB",
     rounds: Rounds = 5,
-    tokens: Annotated[int, typer.Option(help="Tokens that each side decodes in a round.")] = 8,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens that each side decodes in a round; 4 times as many without a limit.")
+    ] = 8,
     threads: Annotated[int, typer.Option(help="Threads of each side.")] = 2,
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 4,
     experts: Annotated[int, typer.Option(help="Experts of a layer.")] = 120,

@@ -251,18 +251,18 @@ class Engine:
         experts: NDArray[np.int64] = chosen.numpy()
         if self._journal is not None:
             self._journal.note(layer.number, experts, weights.float().cpu().numpy())
-        uses = self._uses(layer, experts, weights)
-        choices = self._order.step(layer.number, uses, len(experts), is_here)
+        if self.is_exact and len(experts) == 1:
+            wanted: list[int] = sorted(expert for expert in experts[0].tolist() if expert < layer.experts)
+            choices = self._order.of_a_token(layer.number, wanted)
+        else:
+            uses = self._uses(layer, experts, weights)
+            choices = self._order.step(layer.number, uses, len(experts), is_here)
         self._hints.turn_to(layer.number, {choice.key for choice in choices})
         return choices
 
     def _uses(self, layer: ServedLayer, experts: NDArray[np.int64], weights: Tensor) -> list[Use]:
         if not self.is_exact:
             return weigh(experts, weights.float().cpu().numpy())
-        if len(experts) == 1:
-            return [
-                Use(expert, 1.0, 0.0, 1) for expert in sorted(experts[0].tolist()) if expert < layer.experts
-            ]
         numbers, counts = np.unique(experts, return_counts=True)
         return [
             Use(number, float(count), 0.0, count)

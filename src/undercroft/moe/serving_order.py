@@ -75,6 +75,19 @@ class ServingOrder:
         self._policy.turn_to(layer, wanted, tokens)
         return choices
 
+    def of_a_token(self, layer: int, experts: Sequence[int]) -> list[Choice]:
+        """`step` of one token's experts where nothing is given up, so that their weights do not matter.
+
+        Args:
+            layer: which.
+            experts: in ascending order.
+        """
+        assert not self._quality.degrades, "what may be given up is to be decided"
+        self.account.note(1)
+        self._policy.turn_to(layer, [Wanted(expert) for expert in experts])
+        highs, high = self._stock.high_keys[layer], Importance.HIGH
+        return [Choice(expert, highs[expert], high, high, 1.0, 1) for expert in experts]
+
     def _choose(self, layer: int, uses: Sequence[Use], tokens: int, is_here: IsHere) -> list[Choice]:
         highs = self._stock.high_keys[layer]
         if not self._quality.degrades:
