@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.kernels.test_lossless import bits, every_number
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn import functional
 
 from undercroft.errors import CorruptRecord, InvalidInput
 from undercroft.kernels import bitwise, bitwise_lossless
-from undercroft.kernels.bitwise_lossless import Squeezed, gates_and_ups, row_by_row
+from undercroft.kernels.bitwise_lossless import Squeezed
 from undercroft.kernels.library import Library
 from undercroft.kernels.lossless import CHUNK, Lossless, rare_in, restore, squeeze
 
@@ -89,48 +89,30 @@ def test_products_have_pytorchs_bits(
     make: Callable[[int, int], tuple[Tensor, Tensor]], shape: tuple[int, int], threads: int, reproduced: None
 ) -> None:
     x, weight = make(*shape)
-    assert bitwise_lossless.takes(x)
-    found = row_by_row(x, [Squeezed.of(weight)])
-    assert torch.equal(bits(found), bits(linear(x, weight)))
+    found = bitwise_lossless.linear(x, Squeezed.of(weight))
+    assert torch.equal(bits(found), bits(functional.linear(x, weight)))
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 3e38, 1e-40, -0.0])
 def test_tokens_at_the_edge_have_pytorchs_bits(value: float, reproduced: None) -> None:
     x, weight = drawn(70, 128)
     x[0, 5::31] = value
-    assert torch.equal(bits(row_by_row(x, [Squeezed.of(weight)])), bits(linear(x, weight)))
-
-
-@pytest.mark.parametrize("experts", [1, 2, 9])
-def test_many_weights_in_one_call_are_as_one_after_the_other(
-    experts: int, threads: int, reproduced: None
-) -> None:
-    draw = torch.Generator().manual_seed(5)
-    x, stacked = bitwise.cancelling(1, experts * 2 * 192, 256, draw)
-    weights = stacked.view(experts, 2 * 192, 256).unbind()
-    gates, ups = gates_and_ups(x, [*map(Squeezed.of, weights)])
-    for row, weight in enumerate(weights):
-        gate, up = linear(x, weight).chunk(2, -1)
-        assert torch.equal(bits(gates[row : row + 1]), bits(gate))
-        assert torch.equal(bits(ups[row : row + 1]), bits(up))
-    rows, stacked = bitwise.cancelling(experts, experts * 70, 192, draw)
-    weights = stacked.view(experts, 70, 192).unbind()
-    found = row_by_row(rows, [*map(Squeezed.of, weights)])
-    for row, weight in enumerate(weights):
-        assert torch.equal(bits(found[row : row + 1]), bits(linear(rows[row : row + 1], weight)))
+    assert torch.equal(
+        bits(bitwise_lossless.linear(x, Squeezed.of(weight))), bits(functional.linear(x, weight))
+    )
 
 
 def test_room_for_more_rare_exponents_changes_nothing(reproduced: None) -> None:
     x, weight = drawn(130, 320)
     for spare in (0, 1, 2, 3, 1000):
         form = Lossless(weight.numel(), rare_in(weight) + spare)
-        found = row_by_row(x, [Squeezed(squeeze(weight, form), form, 130, 320)])
-        assert torch.equal(bits(found), bits(linear(x, weight)))
+        found = bitwise_lossless.linear(x, Squeezed(squeeze(weight, form), form, 130, 320))
+        assert torch.equal(bits(found), bits(functional.linear(x, weight)))
 
 
 def whether(x: Tensor, weight: Squeezed) -> Tensor | None:
     try:
-        return row_by_row(x, [weight])
+        return bitwise_lossless.linear(x, weight)
     except CorruptRecord:
         return None
 
@@ -159,7 +141,7 @@ def test_any_bytes_give_what_they_are_restored_as_or_are_refused(seed: int, rows
     plain = restored(weight)
     found = whether(x, weight)
     assert (plain is None) == (found is None)
-    assert plain is None or found is None or torch.equal(bits(linear(x, plain)), bits(found))
+    assert plain is None or found is None or torch.equal(bits(functional.linear(x, plain)), bits(found))
 
 
 def at_the_end_of_memory(content: Tensor) -> tuple[Tensor, mmap.mmap]:
@@ -189,7 +171,7 @@ def test_nothing_is_read_beyond_the_bytes(corrupt: str, spare: int, reproduced: 
     found = whether(x, Squeezed(copy, form, 700, 64))
     if corrupt == "nothing":
         assert found is not None
-        assert torch.equal(bits(found), bits(linear(x, weight)))
+        assert torch.equal(bits(found), bits(functional.linear(x, weight)))
     else:
         assert found is None
     del copy
@@ -203,33 +185,17 @@ def test_what_asks_for_more_rare_exponents_than_there_are_is_refused(reproduced:
         255  # a last block in which all are rare
     )
     with pytest.raises(CorruptRecord, match="rare exponents"):
-        row_by_row(x, [squeezed])
-    with pytest.raises(CorruptRecord, match="rare exponents"):
-        gates_and_ups(x, [Squeezed.of(weight), squeezed])
+        bitwise_lossless.linear(x, squeezed)
 
 
-def test_what_was_not_tried_is_refused(reproduced: None) -> None:
-    x, _ = drawn(1, 128)
-    assert bitwise_lossless.takes(x)
-    for other in (x[:, :100].contiguous(), x.float(), x.repeat(2, 1), x[0], torch.cat([x, x], 1)[:, ::2]):
-        assert not bitwise_lossless.takes(other)
-    with torch.autocast("cpu", dtype=torch.float16):
-        assert not bitwise_lossless.takes(x)
-    with torch.enable_grad():
-        assert not bitwise_lossless.takes(x.clone().requires_grad_())
-
-
-def test_weights_that_are_not_alike_are_refused(reproduced: None) -> None:
+def test_what_is_no_token_is_refused(reproduced: None) -> None:
     x, weight = drawn(4, 128)
     good, other = Squeezed.of(weight), Squeezed.of(weight.view(8, 64))
-    for weights in ([other], [good, other], []):
+    for wrong in (x.float(), x[0], x.repeat(2, 1), torch.cat([x, x], 1)[:, ::2]):
         with pytest.raises(InvalidInput, match="is not multiplied with"):
-            gates_and_ups(x, weights)
-        with pytest.raises(InvalidInput, match="is not multiplied with"):
-            row_by_row(x, weights)
-    for wrong in (x.float(), x[0], x.repeat(2, 1)):
-        with pytest.raises(InvalidInput, match="is not multiplied with"):
-            row_by_row(wrong, [good])
+            bitwise_lossless.linear(wrong, good)
+    with pytest.raises(InvalidInput, match="is not multiplied with"):
+        bitwise_lossless.linear(x, other)
 
 
 def test_bytes_that_do_not_fit_are_refused() -> None:

@@ -158,6 +158,26 @@ def test_a_layer_that_is_called_alone_keeps_its_bits(models: tuple[Any, Any]) ->
     assert torch.equal(*states)
 
 
+def test_hooks_of_all_modules_are_heeded(models: tuple[Any, Any]) -> None:
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: 2 * output if isinstance(module, nn.Linear) else output
+    )
+    try:
+        same(*models, prompt(), tokens=8)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_a_token_of_another_width_is_refused_as_by_pytorch(models: tuple[Any, Any], width: int) -> None:
+    x = torch.ones(1, 1, width, dtype=BF16)
+    for model in models:
+        with torch.no_grad():
+            past = model(input_ids=prompt()).past_key_values
+            with pytest.raises(RuntimeError, match="size"):
+                model(inputs_embeds=x, past_key_values=past)
+
+
 def test_casts_of_autocast_are_heeded(models: tuple[Any, Any]) -> None:
     with torch.autocast("cpu", dtype=torch.float16):
         same(*models, prompt(), tokens=8)

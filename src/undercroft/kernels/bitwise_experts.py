@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from undercroft.errors import CorruptRecord
-from undercroft.kernels import bitwise, bitwise_lossless, library
-from undercroft.kernels.bitwise_lossless import Squeezed
+from undercroft.kernels import bitwise, bitwise_lossless
+from undercroft.kernels.bitwise_lossless import Squeezed, require_whole
 
-_NOT_WHOLE = 2  # as C answers
 _PIECE = 1 << 14  # numbers, so few that PyTorch looks at them in one thread, in whole vectors
 
 
@@ -154,10 +152,7 @@ class BitwiseExperts(NamedTuple):
         table = (pack(f"{len(fields)}q", *fields), native.activation.data_ptr(), bitwise.nan())
         terms = (len(order), pack(f"{len(order)}q", *order), pack(f"{len(order)}f", *shares))
         compute = native.squeezed if self.squeezed else native.plain
-        done = compute(*sizes, *table, x.data_ptr(), *terms, out.data_ptr())
-        if done == _NOT_WHOLE:
-            raise CorruptRecord("squeezed weights ask for more rare exponents than they have")
-        library.require_memory(not done)
+        require_whole(compute(*sizes, *table, x.data_ptr(), *terms, out.data_ptr()))
 
 
 class _Native:

@@ -26,14 +26,6 @@ constexpr int64_t kBlocks = kChunk / kBlock;  // of a chunk
 constexpr int64_t kAhead = 8, kRing = 16;     // blocks that are looked up and not yet multiplied; that there is room for
 constexpr int kUsual = 3;                     // rare exponents of a block that are put in without a branch
 
-// One product, as kernels/bitwise_lossless.py lays it out: some outputs, from `first` on, of the `rows` that a weight has.
-struct Product {
-  const uint16_t* x;
-  const uint8_t* weight;
-  int64_t rows, rare, first, outputs;
-  uint16_t* out;
-};
-
 #if defined(__x86_64__)
 #define TARGET __attribute__((target("avx2,fma,bmi,popcnt")))
 
@@ -203,29 +195,18 @@ bool undercroft_bitwise_lossless_works() {
 #endif
 }
 
-// Products that have their columns, a multiple of 64, in common, on a processor where that works. 0: done; 1: there is no
-// memory; 2: a weight asks for more rare exponents than it has.
-int undercroft_bitwise_lossless_multiply(int threads, int64_t columns, int64_t count, const Product* products) try {
+// out[rows] = x[columns] times the transpose of a weight, where that works; 64 divides the columns. 0: done; 1: there is no
+// memory; 2: the weight asks for more rare exponents than it has.
+int undercroft_bitwise_lossless_multiply(int threads, int64_t columns, int64_t rows, int64_t rare, const uint16_t* x,
+                                         const uint8_t* weight, uint16_t* out) try {
 #if defined(__x86_64__)
-  const std::unique_ptr<float[]> taken(new float[count * columns]);
-  const std::unique_ptr<const float*[]> rows(new const float*[count]);
-  const std::unique_ptr<int64_t[]> tasks(new int64_t[count + 1]);  // before each product
-  int64_t outputs = tasks[0] = 0;
-  for (int64_t i = 0; i < count; i++) {
-    const Product& p = products[i];
-    const bool is_again = i > 0 && p.x == products[i - 1].x;
-    rows[i] = is_again ? rows[i - 1] : taken.get() + i * columns;
-    if (!is_again) take_apart(p.x, columns, taken.get() + i * columns);
-    tasks[i + 1] = tasks[i] + (p.outputs + kPanel - 1) / kPanel;
-    outputs += p.outputs;
-  }
+  const std::unique_ptr<float[]> taken(new float[columns]);
+  take_apart(x, columns, taken.get());
+  const Lying matrix = {Squeezed(weight, rows * columns, rare), columns};
   std::atomic<bool> is_whole = true;
-  in_parallel(team(threads, outputs * columns), tasks[count], [&](int64_t task) {
-    const int64_t i = std::upper_bound(tasks.get(), tasks.get() + count, task) - tasks.get() - 1;
-    const Product& p = products[i];
-    const Squeezed weight(p.weight, p.rows * columns, p.rare);
-    const int64_t first = (task - tasks[i]) * kPanel, some = std::min(kPanel, p.outputs - first);
-    if (!multiply(weight, rows[i], columns / kBlock, p.first + first, some, p.out + first)) is_whole = false;
+  in_parallel(team(threads, rows * columns), (rows + kPanel - 1) / kPanel, [&](int64_t task) {
+    const int64_t first = task * kPanel, some = std::min(kPanel, rows - first);
+    if (!matrix.multiply(taken.get(), first, some, out + first)) is_whole = false;
   });
   return is_whole ? 0 : 2;
 #else

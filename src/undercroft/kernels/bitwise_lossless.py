@@ -10,11 +10,9 @@ address goes out; bytes that nobody squeezed give some product or are refused, a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from ctypes import c_bool, c_int, c_int64, c_void_p
 from dataclasses import dataclass, field
 from functools import cache
-from struct import pack
 
 import torch
 from torch import Tensor
@@ -23,8 +21,7 @@ from undercroft.errors import CorruptRecord, InvalidInput
 from undercroft.kernels import bitwise, library
 from undercroft.kernels.lossless import CHUNK, Lossless, rare_in, squeeze
 
-_FIELDS = 7
-_NO_MEMORY, _NOT_WHOLE = 1, 2  # as C answers
+_NOT_WHOLE = 2  # as C answers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +33,6 @@ class Squeezed:
         form: of these bytes.
         rows: outputs.
         columns: inputs.
-        fields: of these, as C takes them.
 
     Raises:
         InvalidInput: these do not fit.
@@ -46,7 +42,6 @@ class Squeezed:
     form: Lossless
     rows: int
     columns: int
-    fields: tuple[int, int, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         packed, form = self.packed, self.form
@@ -55,7 +50,6 @@ class Squeezed:
             raise InvalidInput(
                 f"{packed.numel()} elements of {packed.dtype} are no {self.rows} x {self.columns} of {form}"
             )
-        object.__setattr__(self, "fields", (packed.data_ptr(), self.rows, form.rare))
 
     @staticmethod
     def of(weight: Tensor) -> Squeezed:
@@ -73,7 +67,7 @@ class _Native:
 
     def __init__(self, compiled: ctypes.CDLL) -> None:
         self.multiply = compiled.undercroft_bitwise_lossless_multiply
-        self.multiply.argtypes = (c_int, c_int64, c_int64, c_void_p)
+        self.multiply.argtypes = (c_int, *(c_int64,) * 3, *(c_void_p,) * 3)
         self.multiply.restype = c_int
 
 
@@ -86,85 +80,40 @@ def reproduces(columns: int) -> bool:
     return all(_agree(outputs, columns, draw) for outputs in (3, CHUNK // columns + 66))
 
 
-def takes(x: Tensor) -> bool:
-    """Whether one token may be multiplied here with squeezed weights of as many columns: x (1, columns) in bfloat16."""
-    return (
-        x.dtype is torch.bfloat16
-        and x.dim() == 2
-        and len(x) == 1
-        and bitwise.is_here(x)
-        and reproduces(x.shape[1])
-    )
-
-
-def gates_and_ups(x: Tensor, weights: Sequence[Squeezed]) -> tuple[Tensor, Tensor]:
-    """What one token makes of both halves of some weights, in one call.
+def linear(x: Tensor, weight: Squeezed) -> Tensor:
+    """One token times the transpose of a squeezed weight, bit for bit as PyTorch with the restored one.
 
     Args:
-        x: (1, columns); `takes` allows it.
-        weights: of (2 * inner, columns) each.
+        x: (1, columns), bfloat16 on the CPU, contiguous; `reproduces` says yes to the columns.
+        weight: (rows, columns).
 
     Returns:
-        (weights, inner) of the first halves, and of the others.
+        (1, rows).
 
     Raises:
-        InvalidInput: these are not alike, or have other columns.
-        CorruptRecord: the bytes of a weight are none that `squeeze` gives.
+        InvalidInput: they are not so.
+        CorruptRecord: the bytes of the weight are none that `squeeze` gives.
     """
-    _require_alike(x, 1, weights)
-    inner, count = weights[0].rows // 2, len(weights)
-    out = x.new_empty(2, count, inner)
-    at, begin, row = x.data_ptr(), out.data_ptr(), out.element_size() * inner
-    fields: list[int] = []
-    for place, weight in enumerate(weights):
-        first = begin + place * row
-        fields += (at, *weight.fields, 0, inner, first)
-        fields += (at, *weight.fields, inner, inner, first + count * row)
-    _multiply(x.shape[1], fields)
-    return out[0], out[1]
-
-
-def row_by_row(x: Tensor, weights: Sequence[Squeezed]) -> Tensor:
-    """Each row times the transpose of a weight of its own, in one call.
-
-    Args:
-        x: (weights, columns), contiguous; `takes` allows each row.
-        weights: of (outputs, columns) each.
-
-    Returns:
-        (weights, outputs).
-
-    Raises:
-        InvalidInput: these are not alike, or not as many as the rows, or have other columns.
-        CorruptRecord: the bytes of a weight are none that `squeeze` gives.
-    """
-    _require_alike(x, len(weights), weights)
-    outputs, columns = weights[0].rows, weights[0].columns
-    out = x.new_empty(len(weights), outputs)
-    at, begin, size = x.data_ptr(), out.data_ptr(), out.element_size()
-    fields: list[int] = []
-    for row, weight in enumerate(weights):
-        fields += (at + size * row * columns, *weight.fields, 0, outputs, begin + size * row * outputs)
-    _multiply(columns, fields)
+    native, form = _native(), weight.form
+    fits = x.dtype is torch.bfloat16 and x.shape == (1, weight.columns) and x.is_cpu and x.is_contiguous()
+    if native is None or not fits:
+        raise InvalidInput(f"{list(x.shape)} of {x.dtype} on {x.device} is not multiplied with {weight}")
+    out = x.new_empty(1, weight.rows)
+    sizes = (torch.get_num_threads(), weight.columns, weight.rows, form.rare)
+    require_whole(native.multiply(*sizes, x.data_ptr(), weight.packed.data_ptr(), out.data_ptr()))
     return out
 
 
-def _require_alike(x: Tensor, rows: int, weights: Sequence[Squeezed]) -> None:
-    fits = x.dtype is torch.bfloat16 and x.dim() == 2 and len(x) == rows and x.is_cpu and x.is_contiguous()
-    outputs = weights[0].rows if weights else 0
-    columns = x.shape[-1]
-    if not fits or not outputs or any(each.rows != outputs or each.columns != columns for each in weights):
-        raise InvalidInput(f"{list(x.shape)} of {x.dtype} is not multiplied with {weights}")
+def require_whole(answer: int) -> None:
+    """What a kernel for squeezed weights answered.
 
-
-def _multiply(columns: int, fields: Sequence[int]) -> None:
-    native = _native()
-    assert native is not None, "asked for where `reproduces` says no"
-    count, products = len(fields) // _FIELDS, pack(f"{len(fields)}q", *fields)
-    done = native.multiply(torch.get_num_threads(), columns, count, products)
-    if done == _NOT_WHOLE:
+    Raises:
+        CorruptRecord: that bytes are none that `squeeze` gives.
+        MemoryError: that it had no memory.
+    """
+    if answer == _NOT_WHOLE:
         raise CorruptRecord("squeezed weights ask for more rare exponents than they have")
-    library.require_memory(done != _NO_MEMORY)
+    library.require_memory(not answer)
 
 
 @cache
@@ -186,5 +135,5 @@ def _native() -> _Native | None:
 @torch.no_grad()
 def _agree(outputs: int, columns: int, draw: torch.Generator) -> bool:
     x, weight = bitwise.cancelling(1, outputs, columns, draw)
-    found, wanted = row_by_row(x, [Squeezed.of(weight)]), torch.nn.functional.linear(x, weight)
+    found, wanted = linear(x, Squeezed.of(weight)), torch.nn.functional.linear(x, weight)
     return torch.equal(wanted.view(torch.int16), found.view(torch.int16))

@@ -76,6 +76,7 @@ class ExactLayer:
         self._least: list[float] = [norm.variance_epsilon for norm in (*layer.norms, *layer.head_norms[:1])]
         self._used: int = layer.router.top_k
         self._width: int = layer.attention.head_dim
+        self._columns = self._weights.router.shape[1]
 
     @property
     def holds(self) -> bool:
@@ -86,8 +87,11 @@ class ExactLayer:
 
     def takes(self, hidden: Tensor, turns: Turns) -> bool:
         """See `token_layer.Way`."""
-        return hidden.dtype is torch.bfloat16 and all(
-            each.dtype is torch.bfloat16 and each.numel() == self._width for each in turns
+        dtype = hidden.dtype
+        return (
+            dtype is torch.bfloat16
+            and hidden.shape[2] == self._columns
+            and all(each.dtype is dtype and each.is_cpu and each.numel() == self._width for each in turns)
         )
 
     def begin(self, hidden: Tensor, turns: Turns) -> Tensor:

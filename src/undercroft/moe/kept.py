@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook  # pyright: ignore
 
 _FORWARD = "forward"
 
@@ -48,9 +49,10 @@ class Kept:
 
     @property
     def holds(self) -> bool:
-        """Whether all are there still, unhooked."""
+        """Whether all are there still, unhooked, and nobody listens to all modules."""
         return (
-            not any(self._hooks)
+            not _has_any_global_hook()
+            and not any(self._hooks)
             and not any(_FORWARD in own for own in self._own)
             and all(there.get(name) is each for there, name, each in self._there)
         )

@@ -39,6 +39,7 @@ class LightLayer:
         self._router: Tensor = layer.router.weight
         self._used: int = layer.router.top_k
         self._width: int = layer.attention.head_dim
+        self._columns = self._router.shape[1]
 
     @property
     def holds(self) -> bool:
@@ -49,8 +50,10 @@ class LightLayer:
     def takes(self, hidden: Tensor, turns: Turns) -> bool:
         """See `token_layer.Way`."""
         dtype = hidden.dtype
-        return dtype is self._before.dtype and all(
-            each.dtype is dtype and each.numel() == self._width for each in turns
+        return (
+            dtype is self._before.dtype
+            and hidden.shape[2] == self._columns
+            and all(each.dtype is dtype and each.is_cpu and each.numel() == self._width for each in turns)
         )
 
     def begin(self, hidden: Tensor, turns: Turns) -> Tensor:

@@ -22,7 +22,6 @@ from undercroft.moe.streamed import of_a_token
 _WAY = "_undercroft_layer"
 _ANY = torch.empty(0)
 
-
 Turns = tuple[Tensor, Tensor]
 """Cosines and sines of a token's place in the text."""
 
@@ -58,7 +57,7 @@ class Way(Protocol):
         ...
 
     def takes(self, hidden: Tensor, turns: Turns) -> bool:
-        """Whether it knows such a token."""
+        """Whether it knows such a token, which is (1, 1, some width) on the CPU."""
         ...
 
     def begin(self, hidden: Tensor, turns: Turns) -> Tensor:
@@ -95,8 +94,8 @@ class Walk:
 
     def open(self, *_: Any) -> None:
         """A forward begins."""
-        is_plain_here = is_plain(_ANY) and not torch.is_autocast_enabled("cpu")
-        self._thread = get_ident() if is_plain_here and all(way.holds for way in self._ways) else None
+        is_watched = torch.is_autocast_enabled("cpu") or not is_plain(_ANY)
+        self._thread = get_ident() if not is_watched and all(way.holds for way in self._ways) else None
 
     def close(self, *_: Any) -> None:
         """It ended."""
@@ -143,6 +142,7 @@ class _Short:
             or any(kwargs.get(name) is not None for name in OTHERWISE)
             or args
             or type(hidden_states) is not Tensor
+            or not hidden_states.is_cpu
             or hidden_states.shape[:-1] != (1, 1)
             or not way.takes(hidden_states, turns)
         ):
