@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -248,15 +248,15 @@ class Engine:
 
     def _choose(self, layer: ServedLayer, chosen: Tensor, weights: Tensor, is_here: IsHere) -> list[Choice]:
         """What serves a forward of a layer, of which everybody is told."""
-        experts: NDArray[np.int64] = chosen.numpy()
         if self._journal is not None:
-            self._journal.note(layer.number, experts, weights.float().cpu().numpy())
-        if self.is_exact and len(experts) == 1:
-            wanted: list[int] = sorted(expert for expert in experts[0].tolist() if expert < layer.experts)
+            self._journal.note(layer.number, chosen.numpy(), weights.float().cpu().numpy())
+        if self.is_exact and len(chosen) == 1:
+            (routed,) = cast("list[list[int]]", chosen.tolist())
+            wanted = sorted(expert for expert in routed if expert < layer.experts)
             choices = self._order.of_a_token(layer.number, wanted)
         else:
-            uses = self._uses(layer, experts, weights)
-            choices = self._order.step(layer.number, uses, len(experts), is_here)
+            uses = self._uses(layer, chosen.numpy(), weights)
+            choices = self._order.step(layer.number, uses, len(chosen), is_here)
         self._hints.turn_to(layer.number, {choice.key for choice in choices})
         return choices
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -205,7 +205,7 @@ def is_usual(forward: Any) -> bool:
 def _one_token(module: Any, service: Service, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """What the usual forward does to one token: experts compute as they arrive, and are summed in its own order."""
     feed_forward = FeedForward(module.act_fn)
-    routed: list[int] = chosen[0].tolist()  # pyright: ignore
+    (routed,) = cast("list[list[int]]", chosen.tolist())
     if service.kernel is not None and feed_forward.is_silu:
         x = service.kernel.taken(hidden)
         if x is not None:
@@ -240,7 +240,8 @@ def _in_one_call(
     service: Service, kernel: ExpertKernel, x: Tensor, chosen: Sequence[int], weights: Tensor
 ) -> Tensor:
     """The same by a kernel: one call for all where all are there, else one for each group that comes."""
-    routed: list[tuple[int, float]] = sorted(zip(chosen, weights[0].tolist(), strict=True))  # pyright: ignore
+    (shares,) = cast("list[list[float]]", weights.tolist())
+    routed = sorted(zip(chosen, shares, strict=True))
     places: dict[int, int] = {}
     products: list[Tensor] = []
 
