@@ -7,7 +7,7 @@ and of the token, so that neither is asked again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from undercroft.kernels import bitwise, bitwise_attention, bitwise_router, bitwise_trunk
 from undercroft.kernels.bitwise_trunk import BitwiseTrunk, lanes_of, lanes_of_heads
-from undercroft.moe.exact_attention import Parts, parts
-from undercroft.moe.kept import Kept
+from undercroft.moe.exact_attention import Parts
 from undercroft.moe.token_layer import Routed, Turns
 from undercroft.moe.usual_layer import Usual, usual
+from undercroft.moe.usual_way import UsualWay
 
 _ANY_LANES = 8  # where nothing is added up
 
@@ -56,7 +56,7 @@ class _Weights(NamedTuple):
         return [weight for weight in each if weight is not None]
 
 
-class ExactLayer:
+class ExactLayer(UsualWay):
     """The way of one layer, as `token_layer.Way`.
 
     Args:
@@ -67,32 +67,16 @@ class ExactLayer:
     """
 
     def __init__(self, layer: Usual, attention: Parts, trunk: BitwiseTrunk, lanes: _Lanes) -> None:
-        self.heads = attention.heads
-        self._layer, self._attention, self._trunk, self._lanes = layer, attention, trunk, lanes
-        self._kept = Kept(layer.places, hooked=layer.norms[1:])
+        super().__init__(layer, attention.heads, torch.bfloat16)
+        self._attention, self._trunk, self._lanes = attention, trunk, lanes
         self._weights = _Weights.of(layer)
         self._flat = [(weight, weight.shape) for weight in self._weights.flat()]
-        self._settings = layer.settings()
         self._least: list[float] = [norm.variance_epsilon for norm in (*layer.norms, *layer.head_norms[:1])]
-        self._used: int = layer.router.top_k
-        self._width: int = layer.attention.head_dim
-        self._columns = self._weights.router.shape[1]
 
     @property
     def holds(self) -> bool:
         """See `token_layer.Way`."""
-        layer = self._layer
-        is_same = self._kept.holds and layer.settings() == self._settings
-        return is_same and self._attention.is_stock(layer.attention) and self._are_known
-
-    def takes(self, hidden: Tensor, turns: Turns) -> bool:
-        """See `token_layer.Way`."""
-        dtype = hidden.dtype
-        return (
-            dtype is torch.bfloat16
-            and hidden.shape[2] == self._columns
-            and all(each.dtype is dtype and each.is_cpu and each.numel() == self._width for each in turns)
-        )
+        return self._is_same and self._attention.is_stock(self._layer.attention) and self._are_known
 
     def begin(self, hidden: Tensor, turns: Turns) -> Tensor:
         """See `token_layer.Way`."""
@@ -118,11 +102,8 @@ class ExactLayer:
         """See `token_layer.Way`."""
         return self._trunk.add(residual, experts.contiguous())
 
-    def _normalised(self, residual: Tensor) -> Tensor:
-        """By the norm before the experts, to which others may listen who want to know the residual."""
-        norm = self._layer.norms[1]
-        if norm._forward_pre_hooks:
-            return norm(residual)
+    def _normalise(self, residual: Tensor) -> Tensor:
+        """See `UsualWay`."""
         return self._trunk.rms_norm(residual, self._weights.after, self._least[1], self._lanes.token)
 
     @property
@@ -136,10 +117,15 @@ class ExactLayer:
         )
 
 
-def exact_layer(layer: nn.Module) -> ExactLayer | None:
-    """The way of a layer whose forward is known and each of whose parts is reproduced here."""
+def exact_layer(attention_of: Callable[[nn.Module], Parts | None], layer: nn.Module) -> ExactLayer | None:
+    """The way of a layer whose forward is known and each of whose parts is reproduced here.
+
+    Args:
+        attention_of: the way of its attention layer, which is made once.
+        layer: any module.
+    """
     found, trunk = usual(layer), bitwise_trunk.load()
-    attention = None if found is None else parts(found.attention)
+    attention = None if found is None else attention_of(found.attention)
     if found is None or attention is None or trunk is None or not _are_reproduced(found, attention.heads):
         return None
     token = lanes_of(found.router.weight.shape[1], 1)

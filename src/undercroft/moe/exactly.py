@@ -6,6 +6,7 @@ It knows modules; not experts. Nothing changes by it but the time that is taken.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -26,8 +27,8 @@ def hasten(model: nn.Module) -> int:
 
     The largest come first: they look for the classes of their parts, which then get others before them.
     """
-    modules = list(model.modules())
-    shortened = shorten_layers(model, exact_layer) + shorten(modules, parts)
+    modules, once = list(model.modules()), cache(parts)
+    shortened = shorten_layers(model, partial(exact_layer, once)) + shorten(modules, once)
     return shortened + _multiply_here(modules) + _normalise_here(modules)
 
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from undercroft.kernels import trunk
 from undercroft.kernels.linear import DTYPES
 from undercroft.kernels.trunk import Trunk
-from undercroft.moe.kept import Kept
 from undercroft.moe.light_attention import Joined
 from undercroft.moe.token_layer import Routed, Turns
 from undercroft.moe.trunk import Norm, PackedLinear
 from undercroft.moe.usual_layer import Usual, usual
+from undercroft.moe.usual_way import UsualWay
 
 
-class LightLayer:
+class LightLayer(UsualWay):
     """The way of one layer, as `token_layer.Way`.
 
     Args:
@@ -30,31 +30,16 @@ class LightLayer:
     """
 
     def __init__(self, layer: Usual, attention: Joined, kernels: Trunk) -> None:
-        self.heads = attention.heads
-        self._layer, self._attention, self._kernels = layer, attention, kernels
-        self._kept = Kept(layer.places, hooked=layer.norms[1:])
-        self._settings = layer.settings()
         self._before, self._after = (norm.weight for norm in layer.norms)
+        super().__init__(layer, attention.heads, self._before.dtype)
+        self._attention, self._kernels = attention, kernels
         self._least: list[float] = [norm.variance_epsilon for norm in layer.norms]
         self._router: Tensor = layer.router.weight
-        self._used: int = layer.router.top_k
-        self._width: int = layer.attention.head_dim
-        self._columns = self._router.shape[1]
 
     @property
     def holds(self) -> bool:
         """See `token_layer.Way`."""
-        is_same = self._kept.holds and self._layer.settings() == self._settings
-        return is_same and self._attention.is_here(self._layer.attention) and self._are_known
-
-    def takes(self, hidden: Tensor, turns: Turns) -> bool:
-        """See `token_layer.Way`."""
-        dtype = hidden.dtype
-        return (
-            dtype is self._before.dtype
-            and hidden.shape[2] == self._columns
-            and all(each.dtype is dtype and each.is_cpu and each.numel() == self._width for each in turns)
-        )
+        return self._is_same and self._attention.is_here(self._layer.attention) and self._are_known
 
     def begin(self, hidden: Tensor, turns: Turns) -> Tensor:
         """See `token_layer.Way`."""
@@ -74,18 +59,14 @@ class LightLayer:
         """See `token_layer.Way`."""
         return residual + experts
 
-    def _normalised(self, residual: Tensor) -> Tensor:
-        """By the norm before the experts, to which others may listen who want to know the residual."""
-        norm = self._layer.norms[1]
-        if norm._forward_pre_hooks:
-            return norm(residual)
+    def _normalise(self, residual: Tensor) -> Tensor:
+        """See `UsualWay`."""
         return self._kernels.rms_norm(residual, self._after, self._least[1])
 
     @property
     def _are_known(self) -> bool:
-        dtype = self._before.dtype
-        return dtype in DTYPES and all(
-            each.dtype is dtype and each.is_cpu and each.is_contiguous()
+        return self._dtype in DTYPES and all(
+            each.dtype is self._dtype and each.is_cpu and each.is_contiguous()
             for each in (self._before, self._after, self._router)
         )
 
