@@ -193,3 +193,20 @@ def test_what_was_not_compared_is_not_computed() -> None:
         assert not takes(*each)
         with pytest.raises(InvalidInput, match="no attention of one query"):
             attend(*each, 0.1)
+
+
+def test_a_token_is_put_behind_others_and_attended_to() -> None:
+    draw = torch.Generator().manual_seed(3)
+    query = torch.randn(1, 4, 1, 32, generator=draw).bfloat16()
+    both, states = (torch.randn(2, 2, tokens, 32, generator=draw).bfloat16() for tokens in (600, 1))
+    out, native = torch.empty(1, 1, 4, 32, dtype=torch.bfloat16), bitwise_attention.load()
+    if native is None:
+        pytest.skip("nothing compiles kernels here")
+    attend = native.attending(query, states[:, :, 0].contiguous(), both, 0.2, out)
+    for before in (0, 1, 127, 512, 599):
+        wanted = torch.cat([both[:, :, :before], states], dim=2)
+        untouched = both[:, :, before + 1 :].clone()
+        attend(before)
+        assert torch.equal(out, native.attend(query, wanted[:1], wanted[1:], 0.2))
+        assert torch.equal(both[:, :, : before + 1], wanted)
+        assert torch.equal(both[:, :, before + 1 :], untouched)

@@ -250,3 +250,21 @@ def test_of_equal_experts_the_first_are_chosen() -> None:
 def test_no_way_is_refused(x: Tensor, weight: Tensor, used: int) -> None:
     with pytest.raises(InvalidInput, match="no way"):
         trunk.route(x, weight, used, among=True, rounded=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_is_put_behind_others_and_attended_to(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(3)
+    query = torch.randn(1, 4, 1, 32, generator=draw).to(dtype)
+    both, states = (torch.randn(2, 2, tokens, 32, generator=draw).to(dtype) for tokens in (150, 1))
+    out, native = torch.empty(1, 1, 4, 32, dtype=dtype), trunk.load()
+    if native is None:
+        pytest.skip("nothing compiles kernels here")
+    attend = native.attending(query, states[:, :, 0].contiguous(), both, 0.2, out)
+    for before in (0, 1, 127, 128, 149):
+        wanted = torch.cat([both[:, :, :before], states], dim=2)
+        untouched = both[:, :, before + 1 :].clone()
+        attend(before)
+        assert torch.equal(out, native.attend(query, wanted[:1], wanted[1:], 0.2))
+        assert torch.equal(both[:, :, : before + 1], wanted)
+        assert torch.equal(both[:, :, before + 1 :], untouched)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from undercroft.kernels import library
+from undercroft.kernels.bound import Call
 from undercroft.kernels.linear import DTYPES, is_plain
 
 PLACES = 64
@@ -78,7 +79,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not takes(x, weight, bias):
         return torch.nn.functional.linear(x, weight, bias)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    _multiply(weight.shape[1], _product(x, weight, bias, out))
+    _multiplying(weight.shape[1], _product(x, weight, bias, out))()
     return out
 
 
@@ -101,7 +102,7 @@ def gates_and_ups(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]
         address, first = weight.data_ptr(), begin + place * row
         fields += (at, 1, address, 0, inner, first)
         fields += (at, 1, address + row * columns, 0, inner, first + len(weights) * row)
-    _multiply(columns, fields)
+    _multiplying(columns, fields)()
     return out[0], out[1]
 
 
@@ -115,16 +116,21 @@ def side_by_side(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> T
     Returns:
         (all outputs,).
     """
-    outputs = [len(weight) for weight, _ in layers]
-    out = x.new_empty(sum(outputs))
+    out = x.new_empty(sum(len(weight) for weight, _ in layers))
+    multiplying(x, layers, out)()
+    return out
+
+
+def multiplying(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], out: Tensor) -> Call:
+    """`side_by_side` into `out`, contiguous, with as many threads as PyTorch has now."""
     begin, at, size = x.data_ptr(), out.data_ptr(), out.element_size()
     fields: list[int] = []
-    for (weight, bias), rows in zip(layers, outputs, strict=True):
-        addend = 0 if bias is None else bias.data_ptr()
+    for weight, bias in layers:
+        addend, rows = 0 if bias is None else bias.data_ptr(), len(weight)
         fields += (begin, 1, weight.data_ptr(), addend, rows, at)
         at += size * rows
-    _multiply(x.numel(), fields)
-    return out
+    weights = [each for pair in layers for each in pair if each is not None]
+    return _multiplying(x.numel(), fields, x, out, *weights)
 
 
 def row_by_row(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -143,7 +149,7 @@ def row_by_row(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     fields: list[int] = []
     for row, weight in enumerate(weights):
         fields += (at + size * row * columns, 1, weight.data_ptr(), 0, outputs, begin + size * row * outputs)
-    _multiply(columns, fields)
+    _multiplying(columns, fields)()
     return out
 
 
@@ -193,13 +199,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> tup
     return x.data_ptr(), x.numel() // columns, weight.data_ptr(), addend, outputs, out.data_ptr()
 
 
-def _multiply(columns: int, fields: Sequence[int]) -> None:
+def _multiplying(columns: int, fields: Sequence[int], *tensors: Tensor) -> Call:
+    """Products whose addresses are those of some tensors."""
     native = _native()
     assert native is not None, "asked for where `reproduces` says no"
     count = len(fields)
     products = pack(f"{count}q", *fields)
-    done = native.multiply(torch.get_num_threads(), columns, count // _FIELDS, products)
-    library.require_memory(done)
+    return Call(native.multiply, (torch.get_num_threads(), columns, count // _FIELDS, products), tensors)
 
 
 @cache
@@ -230,7 +236,7 @@ def _agree(rows: int, outputs: int, columns: int, draw: torch.Generator) -> bool
     x, weight = cancelling(rows, outputs, columns, draw)
     for bias in (None, _drawn(1, outputs, draw)[0]):
         wanted, found = torch.nn.functional.linear(x[None], weight, bias)[0], x.new_empty(rows, outputs)
-        _multiply(columns, _product(x, weight, bias, found))
+        _multiplying(columns, _product(x, weight, bias, found))()
         if not torch.equal(wanted.view(torch.int16), found.view(torch.int16)):
             return False
     return True

@@ -28,13 +28,23 @@ constexpr float kLowest = -INFINITY;
 struct Attention {
   int64_t heads, key_heads, count, width;
   const uint16_t* query;
-  const uint16_t* keys;
+  uint16_t* keys;
   int64_t key_head, key_row;
-  const uint16_t* values;
+  uint16_t* values;
   int64_t value_head, value_row;
   uint16_t* out;
-  float* sums;  // [heads], logarithms of each head's sum of e to the power of scores; or null
+  float* sums;       // [heads], logarithms of each head's sum of e to the power of scores; or null
+  const char* last;  // the last row of all keys and then of all values, which are to be put to their places; or null
 };
+
+void put_last(const Attention& a) {
+  if (a.last == nullptr) return;
+  const int64_t before = a.count - 1, nbytes = 2 * a.width;
+  const auto put = [&](const char* rows, uint16_t* to, int64_t head, int64_t row) {
+    return put_rows(rows, a.key_heads, nbytes, reinterpret_cast<char*>(to + before * row), 2 * head);
+  };
+  put(put(a.last, a.keys, a.key_head, a.key_row), a.values, a.value_head, a.value_row);
+}
 
 // Of one query, while keys come by.
 struct alignas(64) Head {
@@ -243,6 +253,8 @@ TARGET void attend(const Attention& a, float scale, int64_t key_head, int64_t fi
   const uint16_t* values = a.values + key_head * a.value_head;
   for (int64_t at = 0; at < a.count; at += kBlock) {
     const int64_t count = std::min(kBlock, a.count - at);
+    prefetch_rows(keys + at * a.key_row, 2 * a.key_row, count, 2 * a.width);
+    prefetch_rows(values + at * a.value_row, 2 * a.value_row, count, 2 * a.width);
     score_all(keys + at * a.key_row, a.key_row, count, a.width, scale, heads, number);
     for (int64_t h = 0; h < number; h++) go_on(heads[h], count, a.width);
     add_all(values + at * a.value_row, a.value_row, count, a.width, heads, number);
@@ -263,6 +275,7 @@ extern "C" {
 void undercroft_bitwise_attention_attend(int threads, float scale, const Attention* attention) {
 #if defined(__x86_64__)
   const Attention& a = *attention;
+  put_last(a);
   const int64_t group = a.heads / a.key_heads, parts = (group + kHeads - 1) / kHeads;
   in_parallel(team(threads, 2 * a.heads * a.count * a.width), a.key_heads * parts, [&](int64_t task) {
     const int64_t key_head = task / parts, begin = task % parts * kHeads;

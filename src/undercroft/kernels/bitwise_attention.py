@@ -11,9 +11,9 @@ goes out.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_char_p, c_float, c_int
+from collections.abc import Callable
+from ctypes import Array, c_float, c_int, c_int64, c_void_p
 from functools import cache
-from struct import pack
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from undercroft.errors import InvalidInput
 from undercroft.kernels import bitwise, library
+from undercroft.kernels.bound import Call
 from undercroft.kernels.linear import is_plain
 
 STEP = 16
@@ -28,6 +29,7 @@ STEP = 16
 WIDEST = 256
 """The most that it can be: PyTorch's attention, as transformers calls it, does something else with wider ones."""
 _KEYS = (*range(1, 10), 15, 16, 17, 26, 27, 31, 32, 33, 46, 47, 63, 100, 511, 512, 513, 1025)
+_TOKENS = 2  # where in the fields it is
 _FAR = 1 << 31  # MKL's numbers end there
 _SPREAD = 128.0  # makes scores of some size of what rounding leaves of a sum
 
@@ -37,21 +39,62 @@ class BitwiseAttention:
 
     def __init__(self, compiled: ctypes.CDLL) -> None:
         self._attend = compiled.undercroft_bitwise_attention_attend
-        self._attend.argtypes = (c_int, c_float, c_char_p)
+        self._attend.argtypes = (c_int, c_float, c_void_p)
         self._attend.restype = None
 
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, sums: Tensor | None = None
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        sums: Tensor | None = None,
     ) -> Tensor:
         """As the function of that name has checked them; sums, if any, get each head's log(sum(exp(scores)))."""
         _, heads, _, width = query.shape
         query, out = query.contiguous(), query.new_empty(1, 1, heads, width)
-        fields = [heads, *keys.shape[1:], query.data_ptr()]
-        for each in (keys, values):
-            fields += (each.data_ptr(), each.stride(1), each.stride(2))
-        fields += (out.data_ptr(), 0 if sums is None else sums.data_ptr())
-        self._attend(torch.get_num_threads(), scale, pack("13q", *fields))
+        fields = _fields(query, keys, values, out, sums=sums)
+        self._attend(torch.get_num_threads(), scale, fields)
         return out
+
+    def attending(
+        self, query: Tensor, states: Tensor, both: Tensor, scale: float, out: Tensor
+    ) -> Callable[[int], None]:
+        """A function that puts a token's keys and values behind so many others, and attends to all of them.
+
+        Args:
+            query: [1, heads, 1, width], contiguous.
+            states: [2, key heads, width], contiguous: the keys and values of the token.
+            both: [2, key heads, most tokens, width]: those of all.
+            scale: of products.
+            out: [1, 1, heads, width], contiguous.
+        """
+        keys, values = both[:1], both[1:]
+        fields = _fields(query, keys, values, out, last=states)
+        attend = Call(self._attend, (torch.get_num_threads(), scale, fields), (query, states, both, out))
+
+        def attend_to(before: int) -> None:
+            fields[_TOKENS] = before + 1
+            attend.function(*attend.arguments)
+
+        return attend_to
+
+
+def _fields(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    *,
+    sums: Tensor | None = None,
+    last: Tensor | None = None,
+) -> Array[c_int64]:
+    """As `bitwise_attention.cpp` takes them."""
+    fields = [query.shape[1], *keys.shape[1:], query.data_ptr()]
+    for each in (keys, values):
+        fields += (each.data_ptr(), each.stride(1), each.stride(2))
+    fields += (out.data_ptr(), *(0 if each is None else each.data_ptr() for each in (sums, last)))
+    return (c_int64 * len(fields))(*fields)
 
 
 @cache

@@ -112,13 +112,20 @@ class BitwiseExperts(NamedTuple):
         self._compute(x, blocks, (), (), out)
         return out
 
-    def mix(self, x: Tensor, blocks: Sequence[tuple[int, ...]], terms: Sequence[tuple[int, float]]) -> Tensor:
+    def mix(
+        self,
+        x: Tensor,
+        blocks: Sequence[tuple[int, ...]],
+        terms: Sequence[tuple[int, float]],
+        out: Tensor | None = None,
+    ) -> Tensor:
         """`add_up` of what `feed_forwards` gives, in one call.
 
         Args:
             x: (1, width) that was `taken`.
             blocks: at least one.
             terms: number and share of each, in the order of their sum.
+            out: like x, for the result; memory of its own if None.
 
         Returns:
             bfloat16 (1, width).
@@ -126,7 +133,7 @@ class BitwiseExperts(NamedTuple):
         Raises:
             CorruptRecord: the bytes of one are none that `squeeze` gives.
         """
-        out = x.new_empty(1, self.width)
+        out = x.new_empty(1, self.width) if out is None else out
         self._compute(x, blocks, [row for row, _ in terms], [share for _, share in terms], out)
         return out
 

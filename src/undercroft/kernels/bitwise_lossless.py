@@ -19,6 +19,7 @@ from torch import Tensor
 
 from undercroft.errors import CorruptRecord, InvalidInput
 from undercroft.kernels import bitwise, library
+from undercroft.kernels.bound import require_memory
 from undercroft.kernels.lossless import CHUNK, Lossless, rare_in, squeeze
 
 _NOT_WHOLE = 2  # as C answers
@@ -113,7 +114,7 @@ def require_whole(answer: int) -> None:
     """
     if answer == _NOT_WHOLE:
         raise CorruptRecord("squeezed weights ask for more rare exponents than they have")
-    library.require_memory(not answer)
+    require_memory(not answer)
 
 
 @cache

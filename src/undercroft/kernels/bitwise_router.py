@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from undercroft.kernels import library
+from undercroft.kernels.bound import Call
 
 MOST_USED = 8
 """Experts of a token: more are added up in an order that nothing here knows."""
@@ -39,9 +40,15 @@ class _Native:
         """As the function of that name."""
         shares = torch.empty(1, used, dtype=torch.bfloat16 if rounded else torch.float32)
         chosen = torch.empty(1, used, dtype=torch.int64)
-        sizes = (logits.numel(), used, among, rounded)
-        addresses = (logits.data_ptr(), shares.data_ptr(), chosen.data_ptr())
-        return (shares, chosen) if self._route(self._exponential, *sizes, *addresses) else None
+        call = self.routing(logits, shares, chosen, among=among)
+        return (shares, chosen) if call.function(*call.arguments) else None
+
+    def routing(self, logits: Tensor, shares: Tensor, chosen: Tensor, *, among: bool) -> Call:
+        """As the function of that name."""
+        sizes = (logits.numel(), chosen.numel(), among, shares.dtype is torch.bfloat16)
+        tensors = (logits, shares, chosen)
+        addresses = (each.data_ptr() for each in tensors)
+        return Call(self._route, (self._exponential, *sizes, *addresses), tensors)
 
 
 @cache
@@ -69,6 +76,13 @@ def route(logits: Tensor, used: int, *, among: bool, rounded: bool) -> tuple[Ten
     native = _native()
     assert native is not None, "asked for where `routes` says no"
     return native.route(logits, used, among=among, rounded=rounded)
+
+
+def routing(logits: Tensor, shares: Tensor, chosen: Tensor, *, among: bool) -> Call:
+    """`route` into memory of the caller's; its function says no where a logit is not finite."""
+    native = _native()
+    assert native is not None, "asked for where `routes` says no"
+    return native.routing(logits, shares, chosen, among=among)
 
 
 def stock_route(logits: Tensor, used: int, *, among: bool, rounded: bool) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from undercroft.errors import InvalidInput
 from undercroft.kernels import library
+from undercroft.kernels.bound import Call
 
 _LANES = (8, 16)
 _LEAST_COLUMNS = max(_LANES)
@@ -60,20 +61,33 @@ class BitwiseTrunk:
     ) -> Tensor:
         """As the function of that name, with sums of so many lanes."""
         out = torch.empty_like(x)
+        self.normalising(x, weight, least, lanes, out, instructions=instructions)()
+        return out
+
+    def normalising(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        least: float,
+        lanes: int,
+        out: Tensor,
+        *,
+        instructions: str | None = None,
+    ) -> Call:
+        """The same into `out`, which is like x."""
         columns = weight.numel()
         sizes = (_run(), x.numel() // columns, columns, least)
-        addresses = (x.data_ptr(), weight.data_ptr(), out.data_ptr())
-        library.require_memory(self._normalise(self._number(instructions), lanes, *sizes, *addresses))
-        return out
+        tensors = (x, weight, out)
+        addresses = (each.data_ptr() for each in tensors)
+        return Call(self._normalise, (self._number(instructions), lanes, *sizes, *addresses), tensors)
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """X + y, of as many numbers, in the shape of x."""
-        out = torch.empty_like(x)
-        addresses = (x.data_ptr(), y.data_ptr(), out.data_ptr())
-        library.require_memory(self._add(self._number(None), _run(), x.numel(), *addresses))
-        return out
+    def adding(self, x: Tensor, y: Tensor, out: Tensor) -> Call:
+        """X + y, all of as many numbers, contiguous."""
+        tensors = (x, y, out)
+        addresses = (each.data_ptr() for each in tensors)
+        return Call(self._add, (self._number(None), _run(), x.numel(), *addresses), tensors)
 
-    def turn(
+    def turning(
         self,
         x: Tensor,
         heads: tuple[int, int],
@@ -84,12 +98,13 @@ class BitwiseTrunk:
         lanes: int,
         *,
         instructions: str | None = None,
-    ) -> None:
-        """As the function of that name, with sums of so many lanes."""
+    ) -> Call:
+        """What `turn` does, with sums of so many lanes."""
         weights = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
         sizes = (_run(), *heads, cosines.numel(), least)
         addresses = (*weights, cosines.data_ptr(), sines.data_ptr(), x.data_ptr())
-        library.require_memory(self._turn(self._number(instructions), lanes, *sizes, *addresses))
+        tensors = (*(norms or ()), cosines, sines, x)
+        return Call(self._turn, (self._number(instructions), lanes, *sizes, *addresses), tensors)
 
 
 @cache
@@ -148,7 +163,7 @@ def turns(width: int) -> bool:
     drawn = _drawn(6, width).bfloat16()
     x, cosines, sines = drawn[:4], drawn[4], drawn[5]
     expected = x * cosines + torch.cat([-x[:, width // 2 :], x[:, : width // 2]], -1) * sines
-    found.turn(x, (3, 1), cosines, sines, None, 0.0, _LANES[0])
+    found.turning(x, (3, 1), cosines, sines, None, 0.0, _LANES[0])()
     return torch.equal(_bits(x), _bits(expected))
 
 
@@ -187,7 +202,7 @@ def turn(
             f"no heads to turn with PyTorch's bits: {list(x.shape)} of {x.dtype} for {heads} heads of {width}, with "
             f"weights and turns {[(each.numel(), each.dtype) for each in others]}"
         )
-    found.turn(x, heads, cosines, sines, norms, least, lanes)
+    found.turning(x, heads, cosines, sines, norms, least, lanes)()
 
 
 def _is_known(x: Tensor) -> bool:

@@ -28,8 +28,14 @@ class ExpertKernel(Protocol):
         """What each block makes of a token that was `taken`, (blocks, width)."""
         ...
 
-    def mix(self, x: Tensor, blocks: Sequence[tuple[int, ...]], terms: Sequence[tuple[int, float]]) -> Tensor:
-        """The sum of some, each by its number and its share, in the order of the terms, (1, width)."""
+    def mix(
+        self,
+        x: Tensor,
+        blocks: Sequence[tuple[int, ...]],
+        terms: Sequence[tuple[int, float]],
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The sum of some, each by its number and its share, in the order of the terms, (1, width), in `out` if any."""
         ...
 
     def add_up(
@@ -58,9 +64,15 @@ class Gated(NamedTuple):
         """See `ExpertKernel`, and the function of that name."""
         return feed_forwards(x, blocks, self)
 
-    def mix(self, x: Tensor, blocks: Sequence[tuple[int, ...]], terms: Sequence[tuple[int, float]]) -> Tensor:
+    def mix(
+        self,
+        x: Tensor,
+        blocks: Sequence[tuple[int, ...]],
+        terms: Sequence[tuple[int, float]],
+        out: Tensor | None = None,
+    ) -> Tensor:
         """See `ExpertKernel`, and the function of that name."""
-        return mix(x, blocks, self, terms)
+        return mix(x, blocks, self, terms, out)
 
     def add_up(
         self, products: Sequence[Tensor], terms: Sequence[tuple[int, float]], dtype: torch.dtype
@@ -131,7 +143,11 @@ def feed_forwards(x: Tensor, blocks: Sequence[tuple[int, ...]], sizes: Gated) ->
 
 
 def mix(
-    x: Tensor, blocks: Sequence[tuple[int, ...]], sizes: Gated, terms: Sequence[tuple[int, float]]
+    x: Tensor,
+    blocks: Sequence[tuple[int, ...]],
+    sizes: Gated,
+    terms: Sequence[tuple[int, float]],
+    out: Tensor | None = None,
 ) -> Tensor:
     """`add_up` of what `feed_forwards` gives, in one call and to the bit.
 
@@ -140,6 +156,7 @@ def mix(
         blocks: at least one.
         sizes: of each of them.
         terms: number and share of each block, in the order of their sum.
+        out: like x, for the result; memory of its own if None.
 
     Returns:
         [1, H], in the dtype of x.
@@ -150,7 +167,8 @@ def mix(
     _require_token(x, blocks, sizes)
     order = [row for row, _ in terms]
     _require_rows(order, len(blocks))
-    return _native().mix(x.contiguous(), blocks, sizes.intermediate, order, [share for _, share in terms])
+    shares = [share for _, share in terms]
+    return _native().mix(x.contiguous(), blocks, sizes.intermediate, order, shares, out)
 
 
 def add_up(products: Sequence[Tensor], terms: Sequence[tuple[int, float]], dtype: torch.dtype) -> Tensor:

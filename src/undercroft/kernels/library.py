@@ -21,6 +21,7 @@ from torch import Tensor
 
 from undercroft import native
 from undercroft.errors import InvalidInput
+from undercroft.kernels.bound import Call, require_memory
 from undercroft.kernels.format import Format
 
 _HERE = Path(__file__).parent
@@ -65,10 +66,23 @@ class Library:
     ) -> Tensor:
         """The product of x [..., K] with a packed [rows, K], with the named or the fastest instruction set."""
         out = x.new_empty(*x.shape[:-1], rows)
-        call = self._call(x, instructions)
-        weight = (packed.data_ptr(), format.bits, format.group)
-        require_memory(self._linear(*call, x.data_ptr(), *weight, rows, out.data_ptr()))
+        self.multiplying(x, packed, format, rows, out, instructions=instructions)()
         return out
+
+    def multiplying(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        format: Format,
+        rows: int,
+        out: Tensor,
+        *,
+        instructions: str | None = None,
+    ) -> Call:
+        """The same into `out`, with as many threads as PyTorch has now."""
+        weight = (packed.data_ptr(), format.bits, format.group)
+        arguments = (*self._call(x, instructions), x.data_ptr(), *weight, rows, out.data_ptr())
+        return Call(self._linear, arguments, (x, packed, out))
 
     def expert(
         self,
@@ -112,9 +126,10 @@ class Library:
         intermediate: int,
         order: Sequence[int],
         shares: Sequence[float],
+        out: Tensor | None = None,
     ) -> Tensor:
         """`add_up` of what `blocks` gives, in the dtype of x."""
-        out = torch.empty_like(x)
+        out = torch.empty_like(x) if out is None else out
         name, threads, bf16, _, width = self._call(x, None)
         call = (name, threads, bf16, len(blocks), width, intermediate)
         terms = (len(order), pack(f"{len(order)}q", *order), pack(f"{len(order)}f", *shares))
@@ -178,13 +193,3 @@ def compiled_with_avx2(name: str, *includes: str) -> ctypes.CDLL | None:
 def _table(blocks: Sequence[tuple[int, ...]]) -> bytes:
     fields = [*chain.from_iterable(blocks)]
     return pack(f"{len(fields)}q", *fields)
-
-
-def require_memory(done: bool) -> None:
-    """What a kernel answered.
-
-    Raises:
-        MemoryError: that it had none.
-    """
-    if not done:
-        raise MemoryError("no memory for what a kernel computes with")

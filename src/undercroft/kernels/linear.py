@@ -14,6 +14,7 @@ from torch import Tensor
 
 from undercroft.errors import InvalidInput
 from undercroft.kernels import library, reference
+from undercroft.kernels.bound import Call
 from undercroft.kernels.format import BLOCK_ROWS, Format
 from undercroft.kernels.quantise import require_packed
 
@@ -96,6 +97,12 @@ class Weight:
             return native.linear(x.contiguous(), self.packed, self.format, self.rows)
         rows = x.reshape(-1, x.shape[-1])
         return linear(rows, self.packed, self.format, self.rows).view(*x.shape[:-1], self.rows)
+
+    def multiplying(self, x: Tensor, out: Tensor) -> Call:
+        """The same of an x that fits, on the CPU and contiguous, into `out`, where something compiled the kernels."""
+        native = library.load()
+        assert native is not None, "asked for where nothing compiled them"
+        return native.multiplying(x, self.packed, self.format, self.rows, out)
 
 
 def expert(

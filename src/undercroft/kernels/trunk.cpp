@@ -38,6 +38,7 @@ struct Attention {
   int64_t batch, heads, key_heads, tokens, key_width, value_width;
   int64_t key_batch_stride, key_head_stride, key_stride;
   int64_t value_batch_stride, value_head_stride, value_stride;
+  const char* last;  // of a batch of one, the last token's keys and then values, which are to be put to their places; or null
 };
 
 using Attend = void(const float* queries, const Rows& keys, const Rows& values, int64_t count, Weight*, float* out);
@@ -60,6 +61,13 @@ void emit(const float* values, int64_t count, bool bf16, void* out, int64_t at) 
     emit(values, count, static_cast<float*>(out) + at);
 }
 
+void put_last(const Attention& a, int64_t size, char* keys, char* values) {
+  if (a.last == nullptr) return;
+  const int64_t before = a.tokens - 1;
+  const char* rest = put_rows(a.last, a.key_heads, a.key_width * size, keys + before * a.key_stride, a.key_head_stride);
+  put_rows(rest, a.key_heads, a.value_width * size, values + before * a.value_stride, a.value_head_stride);
+}
+
 // What one head makes of its chunks: their sums, each by its weight.
 void unite(const Weight* weights, const float* sums, int64_t chunks, int64_t stride, int64_t width, float* out) {
   float top = -INFINITY, total = 0.f;
@@ -80,8 +88,9 @@ extern "C" {
 // out[batch, heads, value_width] = softmax(scale * queries . keys) . values; queries are [batch, heads, key_width], and
 // so many heads in a row share keys and values as there are heads to one of theirs. False: no memory.
 bool undercroft_trunk_attend(int instructions, int threads, bool bf16, const Attention* shape, float scale,
-                             const void* queries, const char* keys, const char* values, void* out) try {
+                             const void* queries, char* keys, char* values, void* out) try {
   const Attention& a = *shape;
+  put_last(a, bf16 ? 2 : 4, keys, values);
   const Loops& loops = loops_of(instructions);
   const int64_t rows = a.batch * a.heads, shared = a.heads / a.key_heads, chunks = (a.tokens + kChunk - 1) / kChunk;
   const std::unique_ptr<float[]> scaled(new float[rows * a.key_width]), sums(new float[chunks * rows * a.value_width]);

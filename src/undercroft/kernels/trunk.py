@@ -8,7 +8,8 @@ out; a token's result is the same bits whatever the other tokens, the number of 
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_bool, c_float, c_int, c_int64, c_void_p
+from collections.abc import Callable
+from ctypes import Array, c_bool, c_float, c_int, c_int64, c_void_p
 from functools import cache
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from undercroft.errors import InvalidInput
 from undercroft.kernels import library
+from undercroft.kernels.bound import Call, require_memory
 from undercroft.kernels.linear import DTYPES
 
+_TOKENS = 3  # where in the shape of attention it is
 STEP = 16
 """What widths are multiples of."""
 
@@ -66,36 +69,66 @@ class Trunk:
         self._number = products.number
 
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, *, instructions: str | None = None
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        *,
+        instructions: str | None = None,
     ) -> Tensor:
         """As the function of that name, with the named or the fastest instruction set."""
-        batch, heads, _, width = query.shape
+        batch, heads, _, _ = query.shape
         out = query.new_empty(batch, 1, heads, values.shape[-1])
-        size = keys.element_size()
-        strides = [size * stride for each in (keys, values) for stride in each.stride()[:-1]]
-        shape = (c_int64 * 12)(batch, heads, *keys.shape[1:3], width, values.shape[-1], *strides)
-        bf16 = query.dtype is torch.bfloat16
+        shape, bf16 = _shape(query, keys, values), query.dtype is torch.bfloat16
         addresses = (query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
         threads = torch.get_num_threads()
-        library.require_memory(
-            self._attend(self._number(instructions), threads, bf16, shape, scale, *addresses)
-        )
+        require_memory(self._attend(self._number(instructions), threads, bf16, shape, scale, *addresses))
         return out
+
+    def attending(
+        self, query: Tensor, states: Tensor, both: Tensor, scale: float, out: Tensor
+    ) -> Callable[[int], None]:
+        """A function that puts a token's keys and values behind so many others, and attends to all of them.
+
+        Args:
+            query: [1, heads, 1, width], contiguous.
+            states: [2, key heads, width], contiguous: the keys and values of the token.
+            both: [2, key heads, most tokens, width]: those of all.
+            scale: of products.
+            out: [1, 1, heads, width], contiguous.
+        """
+        keys, values = both[:1], both[1:]
+        shape = _shape(query, keys, values, states)
+        call = (self._number(None), torch.get_num_threads(), query.dtype is torch.bfloat16, shape, scale)
+        tensors = (query, keys, values, out)
+        attend = Call(self._attend, (*call, *(each.data_ptr() for each in tensors)), (*tensors, states))
+
+        def attend_to(before: int) -> None:
+            shape[_TOKENS] = before + 1
+            attend()
+
+        return attend_to
 
     def rms_norm(self, x: Tensor, weight: Tensor, least: float, *, instructions: str | None = None) -> Tensor:
         """As the function of that name, with the named or the fastest instruction set."""
         out = torch.empty_like(x)
-        columns = x.shape[-1]
-        kinds = (x.dtype is torch.bfloat16, weight.dtype is torch.bfloat16)
-        sizes = (x.numel() // columns, columns, least)
-        addresses = (x.data_ptr(), weight.data_ptr(), out.data_ptr())
-        threads = torch.get_num_threads()
-        library.require_memory(
-            self._normalise(self._number(instructions), threads, *kinds, *sizes, *addresses)
-        )
+        self.normalising(x, weight, least, out, instructions=instructions)()
         return out
 
-    def turn(
+    def normalising(
+        self, x: Tensor, weight: Tensor, least: float, out: Tensor, *, instructions: str | None = None
+    ) -> Call:
+        """The same into `out`, which is like x."""
+        columns = x.shape[-1]
+        call = (self._number(instructions), torch.get_num_threads())
+        kinds = (x.dtype is torch.bfloat16, weight.dtype is torch.bfloat16)
+        sizes = (x.numel() // columns, columns, least)
+        tensors = (x, weight, out)
+        addresses = (each.data_ptr() for each in tensors)
+        return Call(self._normalise, (*call, *kinds, *sizes, *addresses), tensors)
+
+    def turning(
         self,
         x: Tensor,
         heads: tuple[int, int],
@@ -105,12 +138,13 @@ class Trunk:
         sines: Tensor,
         *,
         instructions: str | None = None,
-    ) -> None:
-        """As the function of that name, with the named or the fastest instruction set."""
+    ) -> Call:
+        """What `turn` does, with the named or the fastest instruction set."""
         weights = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
         kind = (self._number(instructions), x.dtype is torch.bfloat16)
         addresses = (*weights, cosines.data_ptr(), sines.data_ptr(), x.data_ptr())
-        library.require_memory(self._turn(*kind, *heads, cosines.numel(), least, *addresses))
+        tensors = (*(norms or ()), cosines, sines, x)
+        return Call(self._turn, (*kind, *heads, cosines.numel(), least, *addresses), tensors)
 
     def route(
         self,
@@ -123,15 +157,36 @@ class Trunk:
         instructions: str | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As the function of that name, with the named or the fastest instruction set."""
-        experts, columns = weight.shape
-        logits = x.new_empty(1, experts)
+        logits = x.new_empty(1, len(weight))
         scores = torch.empty(1, used, dtype=x.dtype if rounded else torch.float32)
         chosen = torch.empty(1, used, dtype=torch.int64)
-        kinds = (x.dtype is torch.bfloat16, scores.dtype is torch.bfloat16, among)
-        addresses = [each.data_ptr() for each in (x, weight, logits, scores, chosen)]
-        number, threads = self._number(instructions), torch.get_num_threads()
-        library.require_memory(self._route(number, threads, *kinds, experts, columns, used, *addresses))
+        self.routing(x, weight, (logits, scores, chosen), among=among, instructions=instructions)()
         return logits, scores, chosen
+
+    def routing(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        out: tuple[Tensor, Tensor, Tensor],
+        *,
+        among: bool,
+        instructions: str | None = None,
+    ) -> Call:
+        """The same into memory of the caller's."""
+        call = (self._number(instructions), torch.get_num_threads())
+        _, scores, chosen = out
+        kinds = (x.dtype is torch.bfloat16, scores.dtype is torch.bfloat16, among)
+        tensors = (x, weight, *out)
+        addresses = (each.data_ptr() for each in tensors)
+        return Call(self._route, (*call, *kinds, *weight.shape, chosen.numel(), *addresses), tensors)
+
+
+def _shape(query: Tensor, keys: Tensor, values: Tensor, last: Tensor | None = None) -> Array[c_int64]:
+    """As `trunk.cpp` takes it."""
+    size = keys.element_size()
+    strides = [size * stride for each in (keys, values) for stride in each.stride()[:-1]]
+    sizes = (*query.shape[:2], *keys.shape[1:3], query.shape[3], values.shape[3], *strides)
+    return (c_int64 * 13)(*sizes, 0 if last is None else last.data_ptr())
 
 
 @cache
@@ -252,7 +307,7 @@ def turn(
             f"no heads to turn: {list(x.shape)} of {x.dtype} for {heads} heads of {width}, with weights and turns "
             f"{[(each.numel(), each.dtype) for each in others]}"
         )
-    _native().turn(x, heads, norms, least, cosines, sines)
+    _native().turning(x, heads, norms, least, cosines, sines)()
 
 
 def route(

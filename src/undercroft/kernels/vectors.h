@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kWorthAThread = 1 << 17;  // multiplications; fewer take less time than waking a thread for them
 constexpr int32_t kInfinity = 0x7f800000, kNan = 0x7fc00000;
+constexpr int64_t kLineBytes = 64;
 constexpr int64_t kFar = 8192, kNear = 2048;  // bytes ahead of a stream: for the second-level cache, for the first
 constexpr float kRounder = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even
 
@@ -47,6 +48,19 @@ inline uint16_t to_bf16(float value) {  // to the nearest, ties to even; a NaN s
 inline void prefetch(const uint8_t* at) {
   __builtin_prefetch(at + kFar, 0, 2);
   __builtin_prefetch(at + kNear, 0, 3);
+}
+
+// Rows of which all will be read soon, and not in the order in which they lie.
+inline void prefetch_rows(const void* at, int64_t stride, int64_t rows, int64_t nbytes) {
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t line = 0; line < nbytes; line += kLineBytes)
+      __builtin_prefetch(static_cast<const char*>(at) + row * stride + line, 0, 2);
+}
+
+// Rows [heads, nbytes] of one token, one behind another, to its place among those of all, `stride` bytes from head to head.
+inline const char* put_rows(const char* rows, int64_t heads, int64_t nbytes, char* to, int64_t stride) {
+  for (int64_t head = 0; head < heads; head++, rows += nbytes, to += stride) std::memcpy(to, rows, nbytes);
+  return rows;
 }
 
 void emit(const float* values, int64_t count, float* out) { std::copy_n(values, count, out); }

@@ -66,14 +66,6 @@ class Parts:
             and torch.backends.cuda.flash_sdp_enabled()
         )
 
-    def seen(self, layer: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """What a query of its own sees of all keys and values, (1, 1, heads, width), in a layer that `is_stock`."""
-        kernel = bitwise_attention.load()
-        if kernel is not None and bitwise_attention.are_states(keys, values, self.heads[1], query.shape[3]):
-            return kernel.attend(query, keys, values, layer.scaling)
-        seen, _ = _stock_attention(layer, query, keys, values, None, dropout=0.0, scaling=layer.scaling)
-        return seen
-
     def turned(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """See `token_attention.Way`."""
         x, cosines, sines = self._projected(hidden), cosines.contiguous(), sines.contiguous()

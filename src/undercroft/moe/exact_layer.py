@@ -1,23 +1,26 @@
 """A token's way through a decoder layer in bfloat16, in kernels that have PyTorch's bits.
 
 A layer has it only where these reproduce each of its parts. It knows linear layers, norms and routers; not where
-weights or experts come from. Invariant: `holds` and `takes` have checked all that the kernels need to know of weights
-and of the token, so that neither is asked again.
+weights or experts come from. Invariant: whoever runs what `bind` gives has checked that weights are what they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from undercroft.kernels import bitwise, bitwise_attention, bitwise_router, bitwise_trunk
+from undercroft.kernels.bitwise_attention import BitwiseAttention
 from undercroft.kernels.bitwise_trunk import BitwiseTrunk, lanes_of, lanes_of_heads
+from undercroft.kernels.bound import Call
 from undercroft.moe.exact_attention import Parts
-from undercroft.moe.token_layer import Routed, Turns
-from undercroft.moe.usual_layer import Usual, usual
+from undercroft.moe.token_memory import TokenMemory
+from undercroft.moe.token_walk import Bound
+from undercroft.moe.usual_layer import Routing, Usual, usual
 from undercroft.moe.usual_way import UsualWay
 
 _ANY_LANES = 8  # where nothing is added up
@@ -57,64 +60,65 @@ class _Weights(NamedTuple):
 
 
 class ExactLayer(UsualWay):
-    """The way of one layer, as `token_layer.Way`.
+    """The way of one layer, as `token_walk.Way`.
 
     Args:
         layer: its parts.
         attention: the way of its attention.
-        trunk: the kernels for what is no product.
+        kernels: for attention, and for what is no product.
         lanes: of their sums.
     """
 
-    def __init__(self, layer: Usual, attention: Parts, trunk: BitwiseTrunk, lanes: _Lanes) -> None:
-        super().__init__(layer, attention.heads, torch.bfloat16)
-        self._attention, self._trunk, self._lanes = attention, trunk, lanes
-        self._weights = _Weights.of(layer)
-        self._flat = [(weight, weight.shape) for weight in self._weights.flat()]
-        self._least: list[float] = [norm.variance_epsilon for norm in (*layer.norms, *layer.head_norms[:1])]
+    def __init__(
+        self, layer: Usual, attention: Parts, kernels: tuple[BitwiseAttention, BitwiseTrunk], lanes: _Lanes
+    ) -> None:
+        self._all = _Weights.of(layer)
+        super().__init__(layer, attention.heads, torch.bfloat16, self._all.flat())
+        self._attention, self._lanes = attention, lanes
+        self._attend, self._trunk = kernels
 
     @property
-    def holds(self) -> bool:
-        """See `token_layer.Way`."""
-        return self._is_same and self._attention.is_stock(self._layer.attention) and self._are_known
+    def _attends(self) -> bool:
+        return self._attention.is_stock(self._layer.attention)
 
-    def begin(self, hidden: Tensor, turns: Turns) -> Tensor:
-        """See `token_layer.Way`."""
-        weights, cosines, sines = self._weights, *(each.contiguous() for each in turns)
-        x = self._trunk.rms_norm(hidden.contiguous(), weights.before, self._least[0], self._lanes.token)
-        heads = bitwise.side_by_side(x, weights.linear)
-        self._trunk.turn(heads, self.heads, cosines, sines, weights.heads, self._least[-1], self._lanes.head)
-        return heads
-
-    def end(self, hidden: Tensor, query: Tensor, keys: Tensor, values: Tensor) -> Routed:
-        """See `token_layer.Way`."""
-        weights = self._weights
-        seen = self._attention.seen(self._layer.attention, query, keys, values)
-        residual = self._trunk.add(hidden.contiguous(), bitwise.side_by_side(seen, [weights.out]))
-        x = self._normalised(residual).view(1, -1)
-        logits = bitwise.side_by_side(x, [(weights.router, None)])
-        used, (among, rounded) = self._used, self._layer.routing
-        found = bitwise_router.route(logits, used, among=among, rounded=rounded)
-        shares, chosen = found or bitwise_router.stock_route(logits[None], used, among=among, rounded=rounded)
-        return Routed(residual, x, shares, chosen)
-
-    def add(self, residual: Tensor, experts: Tensor) -> Tensor:
-        """See `token_layer.Way`."""
-        return self._trunk.add(residual, experts.contiguous())
-
-    def _normalise(self, residual: Tensor) -> Tensor:
-        """See `UsualWay`."""
-        return self._trunk.rms_norm(residual, self._weights.after, self._least[1], self._lanes.token)
-
-    @property
-    def _are_known(self) -> bool:
-        return all(
-            weight.dtype is torch.bfloat16
-            and weight.is_cpu
-            and weight.is_contiguous()
-            and weight.shape == shape
-            for weight, shape in self._flat
+    def bind(self, memory: TokenMemory) -> Bound:
+        """See `token_walk.Way`."""
+        m, layer, weights, trunk, lanes = memory, self._layer, self._all, self._trunk, self._lanes
+        before, after = (norm.variance_epsilon for norm in layer.norms)
+        least: float = layer.head_norms[0].variance_epsilon if layer.head_norms else 0.0
+        scale: float = layer.attention.scaling
+        cosines, sines = m.turns
+        return Bound(
+            begin=(
+                trunk.normalising(m.hidden, weights.before, before, lanes.token, m.x),
+                bitwise.multiplying(m.x, weights.linear, m.heads),
+                trunk.turning(
+                    m.heads, self._attention.heads, cosines, sines, weights.heads, least, lanes.head
+                ),
+            ),
+            attend=partial(self._attend.attending, m.query, m.states, scale=scale, out=m.seen),
+            end=(
+                bitwise.multiplying(m.seen, [weights.out], m.product),
+                trunk.adding(m.hidden, m.product, m.residual),
+            ),
+            normalise=trunk.normalising(m.residual, weights.after, after, lanes.token, m.x),
+            route=_routing(m, weights.router, layer.routing),
+            add=trunk.adding(m.residual, m.product, m.hidden),
         )
+
+
+def _routing(memory: TokenMemory, weight: Tensor, routing: Routing) -> Callable[[], None]:
+    score = bitwise.multiplying(memory.x, [(weight, None)], memory.logits)
+    choose = bitwise_router.routing(memory.logits, memory.shares, memory.chosen, among=routing.among)
+    return partial(_route, memory, routing, score, choose)
+
+
+def _route(memory: TokenMemory, routing: Routing, score: Call, choose: Call) -> None:
+    score()
+    if not choose.function(*choose.arguments):
+        shares, chosen = bitwise_router.stock_route(memory.logits, memory.sizes.used, **routing._asdict())
+        memory.shares.copy_(shares)
+        memory.chosen.copy_(chosen)
 
 
 def exact_layer(attention_of: Callable[[nn.Module], Parts | None], layer: nn.Module) -> ExactLayer | None:
@@ -124,20 +128,22 @@ def exact_layer(attention_of: Callable[[nn.Module], Parts | None], layer: nn.Mod
         attention_of: the way of its attention layer, which is made once.
         layer: any module.
     """
-    found, trunk = usual(layer), bitwise_trunk.load()
+    found, attend, trunk = usual(layer), bitwise_attention.load(), bitwise_trunk.load()
     attention = None if found is None else attention_of(found.attention)
-    if found is None or attention is None or trunk is None or not _are_reproduced(found, attention.heads):
+    if found is None or attention is None or attend is None or trunk is None:
+        return None
+    if not _are_reproduced(found, attention.heads):
         return None
     token = lanes_of(found.router.weight.shape[1], 1)
     head = lanes_of_heads(found.attention.head_dim, attention.heads) if found.head_norms else _ANY_LANES
-    return None if token is None or head is None else ExactLayer(found, attention, trunk, _Lanes(token, head))
+    lanes = None if token is None or head is None else _Lanes(token, head)
+    return None if lanes is None else ExactLayer(found, attention, (attend, trunk), lanes)
 
 
 def _are_reproduced(layer: Usual, heads: tuple[int, int]) -> bool:
-    weights: Sequence[Tensor] = _Weights.of(layer).flat()
     router, out = layer.router, layer.out
     return (
-        all(bitwise.is_weight(each) for each in weights)
+        all(bitwise.is_weight(each) for each in _Weights.of(layer).flat())
         and bitwise.reproduces(router.weight.shape[1])
         and bitwise.reproduces(out.weight.shape[1])
         and bitwise_attention.attends(*heads, layer.attention.head_dim)

@@ -18,17 +18,17 @@ from undercroft.moe.exact_attention import parts
 from undercroft.moe.exact_layer import exact_layer
 from undercroft.moe.mixed import put_before
 from undercroft.moe.token_attention import shorten
-from undercroft.moe.token_layer import shorten_layers
+from undercroft.moe.token_walk import shorten_model
 from undercroft.moe.usual_attention import is_rms_norm
 
 
 def hasten(model: nn.Module) -> int:
-    """Let whatever can of a model in bfloat16 do so, from whole layers down to linear ones; how many modules that is.
+    """Let whatever can of a model in bfloat16 do so, from the whole down to linear layers; how many modules that is.
 
     The largest come first: they look for the classes of their parts, which then get others before them.
     """
     modules, once = list(model.modules()), cache(parts)
-    shortened = shorten_layers(model, partial(exact_layer, once)) + shorten(modules, once)
+    shortened = shorten_model(model, partial(exact_layer, once)) + shorten(modules, once)
     return shortened + _multiply_here(modules) + _normalise_here(modules)
 
 

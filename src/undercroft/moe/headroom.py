@@ -6,13 +6,15 @@ and what experts take are never more than the budget together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+from weakref import ref
 
 import torch
 from transformers import PreTrainedConfig
 
 from undercroft.errors import BudgetExceeded
+from undercroft.moe.growing import GrowingLayer, spare
 from undercroft.store.budget import Budget, Reservation
 from undercroft.store.cache import RecordCache
 from undercroft.store.ranges import round_up
@@ -33,6 +35,7 @@ class Headroom:
         token_nbytes: what the KV cache is expected to take for a token, until it can be measured.
         row_nbytes: what the experts' forward computes with for a token.
         context: tokens whose KV cache is set aside from the beginning; a prefill computes there too.
+        grows: whether the KV cache of a single row has room behind it, see `growing.spare`.
 
     Raises:
         BudgetExceeded: an expert and that many tokens do not fit.
@@ -47,13 +50,15 @@ class Headroom:
         token_nbytes: int,
         row_nbytes: int,
         context: int = 0,
+        grows: bool = False,
     ) -> None:
         self.total = cache.budget
-        self._budget, self._cache, self._least = budget, cache, least
+        self._budget, self._cache, self._least, self._grows = budget, cache, least, grows
         self._token_nbytes, self._row_nbytes = token_nbytes, row_nbytes
         self._always = context * token_nbytes
         self._step = round_up(least // 8)
         self._claim: Reservation | None = None
+        self._known = _Known(lambda: None, 0.0)
         self._set_aside(self._always)
 
     @property
@@ -73,10 +78,20 @@ class Headroom:
         Raises:
             BudgetExceeded: what is left does not hold an expert.
         """
+        each, most = self._each(past, rows * past_tokens), past_tokens + tokens
+        if self._grows and rows == 1:
+            most += spare(most)
+        self._set_aside(max(self._always, int(each * rows * most) + rows * tokens * self._row_nbytes))
+
+    def _each(self, past: object, tokens: int) -> float:
+        """Bytes of a KV cache for each of its tokens; asked once of one that grows, for it has many parts."""
+        if past is not None and self._known.past() is past:
+            return self._known.each
         held = kv_nbytes(past)
-        each = held / (rows * past_tokens) if held and past_tokens else self._token_nbytes
-        grown = held + int(each * rows * tokens)
-        self._set_aside(max(self._always, grown + rows * tokens * self._row_nbytes))
+        each = held / tokens if held and tokens else self._token_nbytes
+        if held and self._grows:
+            self._known = _Known(ref(past), each)
+        return each
 
     def _set_aside(self, nbytes: int) -> None:
         claim = round_up(nbytes, self._step)
@@ -96,10 +111,21 @@ class Headroom:
         self._claim = self._budget.reserve("host", claim, _HOLDER) if claim else None
 
 
+class _Known(NamedTuple):
+    """A KV cache, and its bytes for each token."""
+
+    past: Callable[[], object]
+    each: float
+
+
 def kv_nbytes(past: object) -> int:
-    """Bytes of the tensors of one of transformers' caches, whatever its kind."""
+    """Bytes of the tensors of one of transformers' caches, whatever its kind, without room behind them."""
     layers: Iterable[object] = getattr(past, "layers", None) or ()
-    return sum(_tensor_nbytes(vars(each).values()) for each in layers)
+    return sum(_layer_nbytes(each) for each in layers)
+
+
+def _layer_nbytes(layer: object) -> int:
+    return layer.nbytes if isinstance(layer, GrowingLayer) else _tensor_nbytes(vars(layer).values())
 
 
 def _tensor_nbytes(values: Iterable[object]) -> int:

@@ -14,8 +14,8 @@ from undercroft.moe.attention import attend_here
 from undercroft.moe.light_attention import joined
 from undercroft.moe.light_layer import light_layer
 from undercroft.moe.token_attention import shorten
-from undercroft.moe.token_layer import shorten_layers
 from undercroft.moe.token_router import shorten_routers
+from undercroft.moe.token_walk import shorten_model
 from undercroft.moe.trunk import quantise_trunk, replace_norms
 
 
@@ -31,6 +31,6 @@ def lighten(model: PreTrainedModel, *, experts: int) -> None:
         replace_norms(model)
         if attend_here(model):
             once = cache(joined)
-            shorten_layers(model, partial(light_layer, once))
+            shorten_model(model, partial(light_layer, once))
             shorten(model.modules(), once)
         shorten_routers(model)

@@ -5,7 +5,8 @@ It knows packed layers and these kernels; not exact models, which `exact_attenti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -57,14 +58,20 @@ class Joined:
         trunk.turn(x, self.heads, cosines, sines, self._norms, self._least)
         return x
 
+    def turning(
+        self, x: Tensor, heads: Tensor, cosines: Tensor, sines: Tensor
+    ) -> Sequence[Callable[[], object]]:
+        """The same of an x (1, width), in calls that put it into `heads`."""
+        kernels = trunk.load()
+        assert kernels is not None, "asked for where nothing compiled them"
+        bias = () if self._bias is None else (partial(heads.view(-1).add_, self._bias),)
+        turn = kernels.turning(heads, self.heads, self._norms, self._least, cosines, sines)
+        return self._weight.multiplying(x, heads), *bias, turn
+
     @staticmethod
     def is_here(layer: Any) -> bool:
         """Whether a layer would let kernels of ours attend, as `attend_here` has made it."""
         return not layer.training and layer.config._attn_implementation == IMPLEMENTATION
-
-    def seen(self, layer: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """What a query of its own sees of all keys and values, (1, 1, heads, width)."""
-        return attention(layer, query, keys, values, None, scaling=layer.scaling)[0]
 
     def attend(
         self,

@@ -49,6 +49,7 @@ from undercroft.moe.slots import Slots
 from undercroft.moe.stock import Stock
 from undercroft.moe.streamed import IMPLEMENTATION, attach, is_usual, own_forward, places, refuse_wrapped
 from undercroft.moe.survey import survey
+from undercroft.moe.token_walk import is_short
 from undercroft.store.budget import Budget
 from undercroft.store.cache import RecordCache
 from undercroft.store.disk import Syscalls
@@ -154,6 +155,7 @@ def load_moe(
                 token_nbytes=token,
                 row_nbytes=row_nbytes(_shapes(model, found.experts), kind),
                 context=context,
+                grows=is_short(model),
             )
         _wire(model, found.experts, engine, headroom, prefetch)
         held = engine.cache.budget + (room or 0)

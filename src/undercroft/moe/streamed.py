@@ -174,7 +174,9 @@ def streamed_forward(module: torch.nn.Module, hidden: Tensor, chosen: Tensor, we
         service.close()
 
 
-def of_a_token(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def of_a_token(
+    module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, out: Tensor | None = None
+) -> Tensor:
     """What an unhooked experts module makes of one token where nobody differentiates; most are not asked themselves.
 
     Args:
@@ -182,11 +184,12 @@ def of_a_token(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> 
         hidden: (1, width).
         chosen: (1, k) int64, on the CPU.
         weights: (1, k).
+        out: (1, width), for the result if that is one of a kernel's; it may come in memory of its own.
     """
     own = module.__dict__
     if not own.get(_IS_USUAL) or module.config._experts_implementation != IMPLEMENTATION:
         return module(hidden, chosen, weights)
-    return _one_token(module, own[_ATTRIBUTE](chosen, weights), hidden, chosen, weights)
+    return _one_token(module, own[_ATTRIBUTE](chosen, weights), hidden, chosen, weights, out)
 
 
 def _without(chosen: Tensor, weights: Tensor, skipped: list[int]) -> tuple[Tensor, Tensor]:
@@ -202,14 +205,21 @@ def is_usual(forward: Any) -> bool:
     return alike(forward, _USUAL)
 
 
-def _one_token(module: Any, service: Service, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def _one_token(
+    module: Any,
+    service: Service,
+    hidden: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
     """What the usual forward does to one token: experts compute as they arrive, and are summed in its own order."""
     feed_forward = FeedForward(module.act_fn)
     (routed,) = cast("list[list[int]]", chosen.tolist())
     if service.kernel is not None and feed_forward.is_silu:
         x = service.kernel.taken(hidden)
         if x is not None:
-            return _in_one_call(service, service.kernel, x, routed, weights).to(hidden.dtype)
+            return _in_one_call(service, service.kernel, x, routed, weights, out).to(hidden.dtype)
     places: dict[int, int] = {}
     products: list[Tensor] = []
     for experts, rows in service.outputs(hidden, feed_forward):
@@ -237,7 +247,12 @@ def _summed(
 
 
 def _in_one_call(
-    service: Service, kernel: ExpertKernel, x: Tensor, chosen: Sequence[int], weights: Tensor
+    service: Service,
+    kernel: ExpertKernel,
+    x: Tensor,
+    chosen: Sequence[int],
+    weights: Tensor,
+    out: Tensor | None,
 ) -> Tensor:
     """The same by a kernel: one call for all where all are there, else one for each group that comes."""
     (shares,) = cast("list[list[float]]", weights.tolist())
@@ -254,9 +269,9 @@ def _in_one_call(
         places |= {expert: place for place, (expert, _) in enumerate(group, start=len(places))}
         blocks = [block for _, block in group]
         if len(group) == count:
-            out = kernel.mix(x, blocks, terms())
+            mixed = kernel.mix(x, blocks, terms(), out)
             service.close()
-            return out
+            return mixed
         products.append(kernel.feed_forwards(x, blocks))
     service.close()
     return kernel.add_up(products, terms(), x.dtype) if products else torch.zeros_like(x)

@@ -6,51 +6,56 @@ It knows `Usual` layers and whether they are what they were; not kernels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from undercroft.moe.kept import Kept
-from undercroft.moe.token_layer import Turns
+from undercroft.moe.token_memory import Sizes, TokenMemory
+from undercroft.moe.token_walk import Bound
 from undercroft.moe.usual_layer import Usual
 
 
 class UsualWay(ABC):
-    """Part of a `token_layer.Way`.
+    """A `token_walk.Way`.
 
     Args:
         layer: its parts.
         heads: how many queries, and how many keys.
         dtype: of the tokens that it knows.
+        weights: all that it computes with.
     """
 
-    def __init__(self, layer: Usual, heads: tuple[int, int], dtype: torch.dtype) -> None:
-        self.heads, self._layer, self._dtype = heads, layer, dtype
-        self._kept = Kept(layer.places, hooked=layer.norms[1:])
+    def __init__(
+        self, layer: Usual, heads: tuple[int, int], dtype: torch.dtype, weights: Sequence[Tensor]
+    ) -> None:
+        self.places: Sequence[tuple[nn.Module, str]] = layer.places
+        self.hooked: nn.Module = layer.norms[1]
+        self.experts: nn.Module = layer.experts
+        self.weights = weights
+        self._layer = layer
         self._settings = layer.settings()
-        self._width: int = layer.attention.head_dim
-        self._columns: int = layer.router.weight.shape[1]
-        self._used: int = layer.router.top_k
-
-    @property
-    def _is_same(self) -> bool:
-        """Whether the layer is what it was, but for what its weights hold."""
-        return self._kept.holds and self._layer.settings() == self._settings
-
-    def takes(self, hidden: Tensor, turns: Turns) -> bool:
-        """See `token_layer.Way`."""
-        dtype = hidden.dtype
-        return (
-            dtype is self._dtype
-            and hidden.shape[2] == self._columns
-            and all(each.dtype is dtype and each.is_cpu and each.numel() == self._width for each in turns)
+        router = layer.router
+        self.sizes = Sizes(
+            width=router.weight.shape[1],
+            queries=heads[0],
+            keys=heads[1],
+            head=layer.attention.head_dim,
+            experts=len(router.weight),
+            used=router.top_k,
+            dtype=dtype,
+            shares=dtype if layer.routing.rounded else torch.float32,
         )
 
-    def _normalised(self, residual: Tensor) -> Tensor:
-        """By the norm before the experts, to which others may listen who want to know the residual."""
-        norm = self._layer.norms[1]
-        return norm(residual) if norm._forward_pre_hooks else self._normalise(residual)
+    @property
+    def is_same(self) -> bool:
+        """Whether numbers beside the weights are what they were, and attention is computed as it was."""
+        return self._layer.settings() == self._settings and self._attends
+
+    @property
+    @abstractmethod
+    def _attends(self) -> bool: ...
 
     @abstractmethod
-    def _normalise(self, residual: Tensor) -> Tensor:
-        """The same where nobody listens."""
+    def bind(self, memory: TokenMemory) -> Bound:
+        """See `token_walk.Way`."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
-from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -257,16 +256,12 @@ class Slab:
 
     def _idle_pages(self) -> list[int]:
         """Committed pages that no lease touches."""
-        if not self._pages:
-            return []
-        ranges = self._ranges.free_ranges()
-        starts = [start for start, _ in ranges]
-
-        def is_free(page: int) -> bool:
-            start, length = ranges[bisect_right(starts, page * self._page) - 1]
-            return start <= page * self._page and (page + 1) * self._page <= start + length
-
-        return [page for page in self._pages if is_free(page)] if ranges else []
+        return [
+            page
+            for start, length in self._ranges.free_ranges()
+            for page in range(-(-start // self._page), (start + length) // self._page)
+            if page in self._pages
+        ]
 
     def _prefault(self) -> None:
         with self._lock:

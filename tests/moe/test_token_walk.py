@@ -1,5 +1,6 @@
-"""A token's short way through whole decoder layers: the bits of stock transformers, whatever became of the layers."""
+"""A token's short way through a whole model: the bits of stock transformers, whatever became of its modules."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from undercroft.kernels.bitwise_attention import attends
 from undercroft.kernels.bitwise_router import routes
 from undercroft.kernels.trunk import available
 from undercroft.moe.governor import Governor
+from undercroft.moe.growing import spare
 from undercroft.moe.light import lighten
 from undercroft.moe.load import load_moe
 
@@ -220,12 +222,11 @@ def watched(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def light_models(folder: Path) -> tuple[Any, Any]:
-    """Two that are alike; of the first, every module of a layer is called."""
+    """Two that are alike; of the first, every module is called."""
     models = stock(folder, BF16), stock(folder, BF16)
     for model in models:
         lighten(model, experts=8)
-    for layer in models[0].model.layers:
-        layer.mlp.register_forward_hook(watched)
+    models[0].model.layers[0].mlp.register_forward_hook(watched)
     return models
 
 
@@ -235,8 +236,186 @@ def test_light_layers_give_what_their_modules_give(folder: Path, change: str | N
     if change in {"weight", "storage", "in place"}:
         pytest.skip("packed layers have no weights to change")
     models = light_models(folder)
-    assert sum(hasattr(each, "_undercroft_layer") for each in models[1].modules()) == LAYERS
+    assert hasattr(models[1], "_undercroft_walk")
     if change is not None:
         for model in models:
             CHANGES[change](model.model.layers[1])
     same(*models, prompt(), tokens=8)
+
+
+OUTER: dict[str, Callable[[Any], object]] = {
+    "hook on the inner model": lambda model: model.model.register_forward_hook(scaled_state),
+    "hook on a decoder layer": lambda model: model.model.layers[1].register_forward_hook(doubled),
+    "hook on a decoder layer's input": lambda model: model.model.layers[1].register_forward_pre_hook(halved),
+    "hook on the embedding": lambda model: model.model.embed_tokens.register_forward_hook(doubled),
+    "hook on the rotary embedding": lambda model: model.model.rotary_emb.register_forward_hook(swapped),
+    "hook on the last norm": lambda model: model.model.norm.register_forward_hook(doubled),
+    "hook on the head": lambda model: model.lm_head.register_forward_pre_hook(halved),
+    "embedding": lambda model: setattr(model.model, "embed_tokens", other_embedding(model)),
+    "a row of the embedding": lambda model: model.model.embed_tokens.weight.data[3:99].mul_(2),
+    "frequencies": lambda model: model.model.rotary_emb.inv_freq.mul_(0.5),
+    "layers in another order": lambda model: setattr(model.model, "layers", swapped_layers(model)),
+    "fewer layers": lambda model: setattr(model.config, "num_hidden_layers", LAYERS - 1),
+}
+
+
+def scaled_state(module: nn.Module, args: Any, output: Any) -> Any:
+    output.last_hidden_state = 2 * output.last_hidden_state
+    return output
+
+
+def swapped(module: nn.Module, args: Any, output: Any) -> Any:
+    return output[0], -output[1]
+
+
+def other_embedding(model: Any) -> nn.Embedding:
+    weight = model.model.embed_tokens.weight
+    other = nn.Embedding(*weight.shape, dtype=weight.dtype)
+    other.weight = nn.Parameter(weight.flip(0), requires_grad=False)
+    return other
+
+
+def swapped_layers(model: Any) -> nn.ModuleList:
+    first, second, *others = model.model.layers
+    return nn.ModuleList([first, *others, second])
+
+
+@pytest.mark.parametrize("change", OUTER.values(), ids=OUTER.keys())
+def test_what_became_of_a_model_is_heeded(models: tuple[Any, Any], change: Callable[[Any], object]) -> None:
+    for model in models:
+        with torch.no_grad():
+            past = model(input_ids=prompt()).past_key_values
+            model(input_ids=prompt(1, 1), past_key_values=past)
+            change(model)
+    same(*models, prompt(), tokens=8)
+
+
+ASKED: dict[str, dict[str, Any]] = {
+    "hidden states": {"output_hidden_states": True},
+    "attentions": {"output_attentions": True},
+    "router logits": {"output_router_logits": True},
+    "a tuple": {"return_dict": False},
+    "a place": {"position_ids": torch.tensor([[12]])},
+    "another place": {"position_ids": torch.tensor([[40]])},
+    "a whole mask": {"attention_mask": torch.ones(1, 13, dtype=torch.long)},
+    "a mask": {"attention_mask": torch.tensor([[0, 0, *[1] * 11]])},
+    "all logits": {"logits_to_keep": 0},
+    "logits by number": {"logits_to_keep": torch.tensor([0])},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
+def test_what_is_asked_for_is_given(models: tuple[Any, Any], asked: dict[str, Any]) -> None:
+    found: list[Any] = []
+    for model in models:
+        if asked.get("output_attentions"):
+            model.set_attn_implementation("eager")
+        with torch.no_grad():
+            past = model(input_ids=prompt()).past_key_values
+            out = model(input_ids=prompt(1, 1), past_key_values=past, **asked)
+            found.append(out if isinstance(out, tuple) else tuple(out.to_tuple()))
+    tensors = [[part for part in flat(each) if isinstance(part, Tensor)] for each in found]
+    assert len(tensors[0]) == len(tensors[1]) > 0
+    assert all(map(torch.equal, *tensors))
+
+
+def flat(value: Any) -> list[Any]:
+    if isinstance(value, (tuple, list)):
+        return [part for each in value for part in flat(each)]
+    layers = getattr(value, "layers", None)
+    return [value] if layers is None else [part for each in layers for part in (each.keys, each.values)]
+
+
+def test_a_token_that_is_none_is_refused_as_by_pytorch(models: tuple[Any, Any]) -> None:
+    for model in models:
+        with torch.no_grad():
+            past = model(input_ids=prompt()).past_key_values
+            with pytest.raises(IndexError):
+                model(input_ids=torch.tensor([[4000]]), past_key_values=past)
+
+
+def test_bit_for_bit_while_a_cache_is_cut_copied_and_kept(models: tuple[Any, Any], tmp_path: Path) -> None:
+    logits: list[list[Tensor]] = []
+    for model in models:
+        found: list[Tensor] = []
+
+        def step(past: Any, number: int, model: Any = model, found: list[Tensor] = found) -> Any:
+            out = model(input_ids=torch.tensor([[number]]), past_key_values=past)
+            found.append(out.logits)
+            return out.past_key_values
+
+        with torch.no_grad():
+            past = model(input_ids=prompt()).past_key_values
+            past = step(step(past, 5), 6)
+            kept = past.layers[1].keys, past.layers[1].values
+            before = [each.clone() for each in kept]
+            copies = copy.deepcopy(past), copy.copy(past.layers[0])
+            torch.save(past, tmp_path / "past.pt")
+            past.crop(-1)
+            past = step(step(past, 9), 10)
+            step(step(copies[0], 11), 12)
+            step(torch.load(tmp_path / "past.pt", weights_only=False), 13)
+            assert all(map(torch.equal, kept, before))
+            assert copies[1].keys.shape[2] == 14
+            past.batch_repeat_interleave(2)
+            found.append(model(input_ids=torch.tensor([[3], [4]]), past_key_values=past).logits)
+            past.batch_select_indices(torch.tensor([1]))
+            step(step(past, 14), 15)
+            past.reset()
+            found.append(model(input_ids=prompt(), past_key_values=past).logits)
+            step(past, 16)
+        logits.append(found)
+    assert all(map(torch.equal, *logits))
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"num_beams": 3}])
+def test_ways_to_generate(models: tuple[Any, Any], options: dict[str, Any]) -> None:
+    ids = prompt().repeat(1, 3)
+    asked: dict[str, Any] = {"max_new_tokens": 90, "do_sample": False, "pad_token_id": 0, **options}
+    assert torch.equal(*(model.generate(ids, **asked) for model in models))
+
+
+def test_a_token_within_another_keeps_the_bits_of_both(models: tuple[Any, Any]) -> None:
+    logits: list[list[Tensor]] = []
+    for model in models:
+        found: list[Tensor] = []
+
+        with torch.no_grad():
+            past, other = (model(input_ids=prompt(seed=seed)).past_key_values for seed in (5, 6))
+
+            def listen(*_: Any, model: Any = model, found: list[Tensor] = found, other: Any = other) -> None:
+                if not found:
+                    found.append(torch.empty(0))
+                    found[0] = model(input_ids=prompt(1, 1), past_key_values=other).logits
+
+            model.model.layers[1].post_attention_layernorm.register_forward_pre_hook(listen)
+            found.append(model(input_ids=prompt(1, 1), past_key_values=past).logits)
+        logits.append(found)
+    assert len(logits[1]) == 2
+    assert all(map(torch.equal, *logits))
+
+
+def test_bit_for_bit_with_another_number_of_threads(models: tuple[Any, Any]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            same(*models, prompt(), tokens=4)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_is_short")
+def test_what_is_set_aside_covers_the_room_of_keys_and_values(folder: Path) -> None:
+    model: Any = load_moe(folder, "4MiB", dtype=BF16, prefetch=False)
+    headroom = next(hook.args[1] for hook in model._forward_pre_hooks.values() if hasattr(hook, "args"))
+    with torch.no_grad():
+        past = model(input_ids=prompt()).past_key_values
+        for _ in range(150):
+            model(input_ids=prompt(1, 1), past_key_values=past)
+            rooms = [each.both for each in past.layers]
+            assert sum(room.nbytes for room in rooms) <= headroom.nbytes
+            assert all(
+                room.shape[2] <= past.get_seq_length() + spare(past.get_seq_length()) for room in rooms
+            )

@@ -1,0 +1,143 @@
+"""Keys and values that grow where they lie, where transformers copies all of a text's for each token.
+
+It knows transformers' dynamic cache; not attention. Invariants: what a cache has given out is never overwritten, for a
+token is added behind all that was; room is never more than `spare` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+
+def spare(tokens: int) -> int:
+    """For how many more there is room at most, behind so many."""
+    return max(64, tokens // 8)
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer of a dynamic cache, of one row, with room behind its keys and values.
+
+    Whoever sets either takes both out of that memory. `cast` makes one of a layer.
+
+    Attributes:
+        both: (2, heads, most tokens, width), keys and values; None where they are as they were set.
+        tokens: that lie there.
+    """
+
+    both: Tensor | None
+    tokens: int
+
+    @staticmethod
+    def of(layer: DynamicLayer) -> GrowingLayer:
+        """The same layer, which a cache is to have from now on in its place."""
+        found = GrowingLayer()
+        for name, value in vars(layer).items():
+            setattr(found, name, value)
+        return found
+
+    def __init__(self) -> None:
+        self.both, self.tokens, self._given = None, 0, [cast("Tensor | None", None)] * 2
+        super().__init__()
+
+    @property
+    def keys(self) -> Tensor | None:  # pyright: ignore
+        """(1, heads, tokens, width)."""
+        return self._part(0)
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._give(0, value)
+
+    @property
+    def values(self) -> Tensor | None:  # pyright: ignore
+        """(1, heads, tokens, width)."""
+        return self._part(1)
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._give(1, value)
+
+    @property
+    def nbytes(self) -> int:
+        """Of keys and values, without the room behind them."""
+        if self.both is None:
+            return sum(0 if each is None else each.nbytes for each in self._given)
+        return self.both.nbytes // self.both.shape[2] * self.tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which get no room: two layers would put their next tokens into the same."""
+        return {**vars(self), "both": None, "_given": [self.keys, self.values]}
+
+    def grow(self) -> Tensor:
+        """Count one token more; `both`, in which its keys and values are to be put behind the others."""
+        both = self.both
+        if both is None or both.shape[2] == self.tokens:
+            both = self._moved()
+        self.tokens += 1
+        return both
+
+    def _moved(self) -> Tensor:
+        parts = [cast("Tensor", part) for part in (self.keys, self.values)]
+        _, heads, tokens, width = parts[0].shape
+        both = parts[0].new_empty(2, heads, tokens + spare(tokens), width)
+        for to, part in zip(both, parts, strict=True):
+            to[:, :tokens].copy_(part[0])
+        self.both, self.tokens, self._given = both, tokens, [None, None]
+        return both
+
+    def _part(self, number: int) -> Tensor | None:
+        if self.both is None:
+            return self._given[number]
+        return self.both[number : number + 1, :, : self.tokens]
+
+    def _give(self, number: int, value: Tensor | None) -> None:
+        self._given = [self.keys, self.values]
+        self._given[number], self.both = value, None
+
+
+class Growing:
+    """Which caches can grow.
+
+    Args:
+        layers: of the model.
+        heads: of keys, and of values.
+        width: of a head.
+        dtype: of all.
+    """
+
+    def __init__(self, layers: int, heads: int, width: int, dtype: torch.dtype) -> None:
+        self._layers, self._heads, self._width, self._dtype = layers, heads, width, dtype
+
+    def tokens(self, past: object) -> int | None:
+        """How many a cache holds in each layer; None if it cannot grow, or they are none."""
+        if type(past) is not DynamicCache or len(past.layers) != self._layers:
+            return None
+        known = {self._tokens(layer) for layer in past.layers}
+        return known.pop() if len(known) == 1 else None
+
+    @staticmethod
+    def layers(past: Any) -> Sequence[GrowingLayer]:
+        """Those of a cache that has `tokens`, as they are from now on."""
+        past.layers = [each if type(each) is GrowingLayer else GrowingLayer.of(each) for each in past.layers]
+        return past.layers
+
+    def _tokens(self, layer: Any) -> int | None:
+        both: Tensor | None = layer.both if type(layer) is GrowingLayer else None
+        if both is not None:
+            fits = both.shape[1::2] == (self._heads, self._width) and both.dtype is self._dtype
+            return layer.tokens if fits else None
+        if type(layer) not in (DynamicLayer, GrowingLayer) or not layer.is_initialized:
+            return None
+        keys, values = cast("Any", layer.keys), cast("Any", layer.values)
+        return (
+            keys.shape[2] if self._fits(keys) and values.shape == keys.shape and self._fits(values) else None
+        )
+
+    def _fits(self, states: Any) -> bool:
+        fits = states.dim() == 4 and states.shape[::3] == (1, self._width) and states.shape[1] == self._heads
+        return fits and states.dtype is self._dtype and states.is_cpu and states.shape[2] > 0
