@@ -14,7 +14,7 @@ from tests.moe.families import fill, tiny_config
 from tests.moe.test_exact import BANK, BUDGETS
 from transformers import PhimoeConfig, PhimoeForCausalLM
 
-from undercroft.moe.engine import Engine, ExpertReport
+from undercroft.moe.engine import Engine, ExpertReport, Server
 from undercroft.moe.foresight import Foresight
 from undercroft.moe.governor import Governor, Limits, Totals
 from undercroft.moe.load import engine_of, expert_report, load_moe
@@ -62,8 +62,13 @@ def write(model: Any, tokens: int, seed: int = 0) -> ExpertReport:
 
 
 def foresight_of(model: Any) -> Foresight:
-    (owner,) = {attached(each).func.__self__ for each in experts_of(model)}  # pyright: ignore
+    (owner,) = {owner_of(each) for each in experts_of(model)}
     return owner
+
+
+def owner_of(experts: torch.nn.Module) -> Any:
+    served: Any = attached(experts)
+    return served.engine if isinstance(served, Server) else served.foresight
 
 
 def experts_of(model: Any) -> list[torch.nn.Module]:
@@ -143,7 +148,7 @@ def test_a_family_without_a_gate_runs_and_says_so(tmp_path: Path, caplog: pytest
 
 def foresight_of_layers(model: Any) -> Foresight:
     found = [each for each in model.modules() if hasattr(type(each), "_apply_gate")]
-    return attached(found[0]).func.__self__  # pyright: ignore
+    return owner_of(found[0])
 
 
 def test_beams_are_foreseen_together(checkpoint: Callable[..., Path]) -> None:

@@ -15,6 +15,7 @@
 
 #include "bitwise.h"
 #include "bitwise_experts.h"
+#include "chosen.h"
 #include "vectors.h"
 
 namespace {
@@ -232,6 +233,19 @@ int undercroft_bitwise_experts(int threads, int64_t width, int64_t inner, int64_
 #else
   return 1;
 #endif
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+// The same of the experts that a token chose, see chosen.h, ascending by number. 3: one is not there.
+int undercroft_bitwise_chosen(int threads, int64_t width, int64_t inner, const Expert* table, int64_t experts,
+                              const uint16_t* activation, int nan, const uint16_t* x, int64_t used,
+                              const int64_t* numbers, bool bf16, const void* shares, uint16_t* out) try {
+  const Chosen<Expert> chosen = those(table, experts, used, numbers, bf16, shares);
+  const int64_t count = static_cast<int64_t>(chosen.experts.size());
+  if (count == 0) return kAbsent;
+  return undercroft_bitwise_experts(threads, width, inner, count, chosen.experts.data(), activation, nan, x, count,
+                                    chosen.order.data(), chosen.shares.data(), out);
 } catch (const std::bad_alloc&) {
   return 1;
 }

@@ -211,7 +211,7 @@ def _multiplying(columns: int, fields: Sequence[int], *tensors: Tensor) -> Call:
 @cache
 def compiled() -> ctypes.CDLL | None:
     """`bitwise.cpp`; None where there is no AVX2, or nothing compiles."""
-    return library.compiled_with_avx2("bitwise", "bitwise.h", "bitwise_experts.h")
+    return library.compiled_with_avx2("bitwise", "bitwise.h", "bitwise_experts.h", "chosen.h")
 
 
 @cache

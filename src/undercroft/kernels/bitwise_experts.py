@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_int, c_int64, c_void_p
-from functools import cache
+from ctypes import c_bool, c_int, c_int64, c_void_p
+from functools import cache, partial
 from itertools import chain
 from struct import pack
 from typing import NamedTuple
@@ -22,6 +22,8 @@ from torch.nn.functional import linear, silu
 
 from undercroft.kernels import bitwise, bitwise_lossless
 from undercroft.kernels.bitwise_lossless import Squeezed, require_whole
+from undercroft.kernels.block import Mixing, mixed
+from undercroft.kernels.bound import Call
 
 _PIECE = 1 << 14  # numbers, so few that PyTorch looks at them in one thread, in whole vectors
 
@@ -90,6 +92,22 @@ class BitwiseExperts(NamedTuple):
     def reproduces(self) -> bool:
         """Whether they have PyTorch's bits on this machine. It is tried once, in milliseconds."""
         return _reproduces(self)
+
+    @property
+    def fields(self) -> int:
+        """See `block.ExpertKernel`."""
+        return len((SqueezedBlock if self.squeezed else PlainBlock)._fields)
+
+    def mixing(self, x: Tensor, table: Tensor, chosen: Tensor, shares: Tensor, out: Tensor) -> Mixing:
+        """See `block.ExpertKernel`."""
+        native = _native()
+        assert native is not None, "asked for where `reproduces` says no"
+        sizes = (torch.get_num_threads(), self.width, self.intermediate)
+        between = (native.activation.data_ptr(), bitwise.nan(), x.data_ptr())
+        terms = (chosen.numel(), chosen.data_ptr(), shares.dtype is torch.bfloat16, shares.data_ptr())
+        arguments = (*sizes, table.data_ptr(), len(table), *between, *terms, out.data_ptr())
+        function = native.squeezed_chosen if self.squeezed else native.plain_chosen
+        return partial(mixed, Call(function, arguments, (x, table, chosen, shares, out)), require_whole)
 
     def taken(self, x: Tensor) -> Tensor | None:
         """A token as it is computed with; None where PyTorch has to: another dtype, or somebody differentiates."""
@@ -173,6 +191,12 @@ class _Native:
         pointers = (c_void_p, c_void_p, c_int, c_void_p)
         for function in (self.plain, self.squeezed):
             function.argtypes = (c_int, *(c_int64,) * 3, *pointers, c_int64, *(c_void_p,) * 3)
+            function.restype = c_int
+        self.plain_chosen = plain.undercroft_bitwise_chosen
+        self.squeezed_chosen = squeezed.undercroft_bitwise_lossless_chosen
+        between, terms = (c_void_p, c_int, c_void_p), (c_int64, c_void_p, c_bool, c_void_p)
+        for function in (self.plain_chosen, self.squeezed_chosen):
+            function.argtypes = (c_int, c_int64, c_int64, c_void_p, c_int64, *between, *terms, c_void_p)
             function.restype = c_int
         numbers = torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.int16).view(torch.bfloat16)
         self.activation = torch.cat([silu(each) for each in numbers.view(-1, _PIECE)])

@@ -120,7 +120,9 @@ def require_whole(answer: int) -> None:
 @cache
 def compiled() -> ctypes.CDLL | None:
     """`bitwise_lossless.cpp`; None where the instructions that it takes are not here, or nothing compiles."""
-    found = library.compiled_with_avx2("bitwise_lossless", "bitwise.h", "bitwise_experts.h", "lossless.h")
+    found = library.compiled_with_avx2(
+        "bitwise_lossless", "bitwise.h", "bitwise_experts.h", "chosen.h", "lossless.h"
+    )
     if found is None:
         return None
     found.undercroft_bitwise_lossless_works.restype = c_bool

@@ -6,7 +6,8 @@ lie within memory that stays as it is until the call returns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,11 +15,35 @@ from torch import Tensor
 
 from undercroft.errors import InvalidInput
 from undercroft.kernels import library
+from undercroft.kernels.bound import Call, require_memory
 from undercroft.kernels.linear import DTYPES
+
+Mixing = Callable[[], bool]
+"""Says no, and has done nothing, where one of the chosen is not in memory, or none was chosen."""
+ABSENT = 3
+"""What a C function answers then; 0 that it is done, others as each has it."""
 
 
 class ExpertKernel(Protocol):
     """What computes gated feed-forward blocks of one token by their addresses."""
+
+    @property
+    def fields(self) -> int:
+        """Numbers in a block; the first is never zero."""
+        ...
+
+    def mixing(self, x: Tensor, table: Tensor, chosen: Tensor, shares: Tensor, out: Tensor) -> Mixing:
+        """`mix` of a token's experts, again and again in the same memory.
+
+        Args:
+            x: (1, width), such as is `taken`.
+            table: (experts, fields) int64, the blocks of all experts, zeros for those that are not in memory.
+            chosen: (1, used) int64, experts by number, of whom the sum is in ascending order; a number beyond the last
+                means none.
+            shares: (1, used), bfloat16 or float32.
+            out: like x.
+        """
+        ...
 
     def taken(self, x: Tensor) -> Tensor | None:
         """A token (1, width) as it is computed with; None where it cannot be."""
@@ -55,6 +80,16 @@ class Gated(NamedTuple):
 
     width: int
     intermediate: int
+
+    @property
+    def fields(self) -> int:
+        """See `ExpertKernel`."""
+        return len(Block._fields)
+
+    def mixing(self, x: Tensor, table: Tensor, chosen: Tensor, shares: Tensor, out: Tensor) -> Mixing:
+        """See `ExpertKernel`."""
+        call = _native().mixing(x, table, self.intermediate, chosen, shares, out)
+        return partial(mixed, call, _require_done)
 
     def taken(self, x: Tensor) -> Tensor:
         """See `ExpertKernel`."""
@@ -192,6 +227,19 @@ def add_up(products: Sequence[Tensor], terms: Sequence[tuple[int, float]], dtype
         raise InvalidInput(f"products are float32 [blocks, H], not {list(rows.shape)} of {rows.dtype}")
     taken = dtype if dtype in DTYPES else torch.float32
     return _native().add_up(rows.contiguous(), order, [share for _, share in terms], taken).to(dtype)
+
+
+def mixed(call: Call, require_done: Callable[[int], None]) -> bool:
+    """As `Mixing`, by a C function whose other answers somebody knows."""
+    answer = call.function(*call.arguments)
+    if answer == ABSENT:
+        return False
+    require_done(answer)
+    return True
+
+
+def _require_done(answer: int) -> None:
+    require_memory(not answer)
 
 
 def _native() -> library.Library:

@@ -16,12 +16,12 @@ class Call(NamedTuple):
     """A C function, all that it is called with, and the tensors whose addresses that has.
 
     Attributes:
-        function: answers whether it could.
+        function: answers whether it could; some answer more, and are not to be called as this is.
         arguments: as it takes them.
         tensors: which live as long as this does.
     """
 
-    function: Callable[..., bool]
+    function: Callable[..., int]
     arguments: tuple[Any, ...]
     tensors: tuple[Tensor, ...]
 
@@ -31,7 +31,7 @@ class Call(NamedTuple):
         Raises:
             MemoryError: there was none for what it computes with.
         """
-        require_memory(self.function(*self.arguments))
+        require_memory(bool(self.function(*self.arguments)))
 
 
 def require_memory(done: bool) -> None:

@@ -57,6 +57,10 @@ class Library:
         self._mix = library.undercroft_kernels_mix
         self._mix.argtypes = (*self._blocks.argtypes[:-1], c_int64, c_void_p, c_void_p, c_void_p)
         self._mix.restype = c_bool
+        self._mix_chosen = library.undercroft_kernels_mix_chosen
+        sizes, chosen = (c_int64, c_int64), (c_void_p, c_bool, c_void_p, c_void_p)
+        self._mix_chosen.argtypes = (c_int, c_int, c_bool, *sizes, c_void_p, c_void_p, *sizes, *chosen)
+        self._mix_chosen.restype = c_int
         self.instructions = _NAMES[: library.undercroft_kernels_instructions() + 1]
         self._fastest = len(self.instructions) - 1
         self.threaded = bool(library.undercroft_kernels_threaded())
@@ -136,6 +140,16 @@ class Library:
         require_memory(self._mix(*call, x.data_ptr(), _table(blocks), *terms, out.data_ptr()))
         return out
 
+    def mixing(
+        self, x: Tensor, table: Tensor, intermediate: int, chosen: Tensor, shares: Tensor, out: Tensor
+    ) -> Call:
+        """`mix` of those that a token chose; see `ExpertKernel.mixing`."""
+        number, threads, bf16, _, width = self._call(x, None)
+        sizes, picked = (width, intermediate, x.data_ptr()), (table.data_ptr(), len(table), chosen.numel())
+        terms = (chosen.data_ptr(), shares.dtype is torch.bfloat16, shares.data_ptr(), out.data_ptr())
+        tensors = (x, table, chosen, shares, out)
+        return Call(self._mix_chosen, (number, threads, bf16, *sizes, *picked, *terms), tensors)
+
     def add_up(
         self, rows: Tensor, order: Sequence[int], shares: Sequence[float], dtype: torch.dtype
     ) -> Tensor:
@@ -170,7 +184,7 @@ def load() -> Library | None:
 
     The first call on a machine compiles them, in some twenty seconds; later ones load what is in Undercroft's home.
     """
-    library = compiled("linear", "tile.inc")
+    library = compiled("linear", "chosen.h", "tile.inc")
     return None if library is None else Library(library)
 
 

@@ -12,6 +12,7 @@
 #include <new>
 #include <vector>
 
+#include "chosen.h"
 #include "vectors.h"
 
 namespace {
@@ -311,5 +312,18 @@ bool undercroft_kernels_mix(int instructions, int threads, bool bf16, int64_t co
   return true;
 } catch (const std::bad_alloc&) {
   return false;
+}
+
+// The same of the blocks that a token chose, see chosen.h, ascending by number. 0: done; 1: no memory; 3: one is not there.
+int undercroft_kernels_mix_chosen(int instructions, int threads, bool bf16, int64_t width, int64_t inner, const void* x,
+                                  const Block* table, int64_t experts, int64_t used, const int64_t* numbers,
+                                  bool shares_bf16, const void* shares, void* out) try {
+  const Chosen<Block> chosen = those(table, experts, used, numbers, shares_bf16, shares);
+  const int64_t count = static_cast<int64_t>(chosen.experts.size());
+  if (count == 0) return kAbsent;
+  return !undercroft_kernels_mix(instructions, threads, bf16, count, width, inner, x, chosen.experts.data(), count,
+                                 chosen.order.data(), chosen.shares.data(), out);
+} catch (const std::bad_alloc&) {
+  return 1;
 }
 }

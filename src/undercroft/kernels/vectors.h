@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kWorthAThread = 1 << 17;  // multiplications; fewer take less time than waking a thread for them
 constexpr int32_t kInfinity = 0x7f800000, kNan = 0x7fc00000;
 constexpr int64_t kLineBytes = 64;
-constexpr int64_t kFar = 8192, kNear = 2048;  // bytes ahead of a stream: for the second-level cache, for the first
+constexpr int64_t kFar = 8192, kNear = 1024;  // bytes ahead of a stream: for the second-level cache, for the first
 constexpr float kRounder = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even
 
 inline int32_t bits_of(float value) {

@@ -104,6 +104,9 @@ class DeviceEngine(Engine):
         self._tell_slots(layer.number, choices, len(chosen))
         return DeviceService(self, layer, choices)
 
+    def bind(self, layer: ServedLayer, x: Tensor, chosen: Tensor, shares: Tensor, out: Tensor) -> None:
+        """See `Engine`: nothing, for slots are looked at for each token."""
+
     def foresee(self, layer: int, experts: Sequence[int], chance: float = 1.0) -> int:
         """See `Engine`; what is on the device is not read into memory."""
         keys = self.stock.high_keys[layer]

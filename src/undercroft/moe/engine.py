@@ -8,9 +8,10 @@ asked for at once, or in waves where the cache has no room for all of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from functools import partial
+from typing import NamedTuple, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 from undercroft.errors import BudgetExceeded
 from undercroft.events import Recorder
 from undercroft.kernels import ExpertKernel
+from undercroft.kernels.block import Mixing
 from undercroft.moe.feed_forward import FeedForward
 from undercroft.moe.hints import Hints
 from undercroft.moe.importance import Use, weigh
@@ -29,6 +31,7 @@ from undercroft.moe.layered import ExpertPolicy
 from undercroft.moe.packed import PackedMatrix
 from undercroft.moe.packed_weight import PackedWeight
 from undercroft.moe.quality import Quality
+from undercroft.moe.residents import Residents
 from undercroft.moe.serving_order import Choice, IsHere, ServingOrder, waves
 from undercroft.moe.stock import Stock
 from undercroft.moe.streamed import Service
@@ -158,6 +161,8 @@ class Engine:
         self._order = ServingOrder(stock, quality, policy)
         self.is_exact = not quality.degrades
         self._hints = Hints(stock, cache, policy, recorder)
+        self._residents = Residents(stock)
+        cache.tell_of_leaving(self._residents.forget)
         # By the lease that an expert is kept by, not by one that pins it: so what was made of it goes when it leaves.
         self._opened: WeakKeyDictionary[Lease, tuple[Key, Mapping[str, Tensor]]] = WeakKeyDictionary()
         largest = max((*stock.high_nbytes, *stock.low_nbytes))
@@ -207,6 +212,44 @@ class Engine:
         choices = self._choose(layer, chosen, weights, self.cache.__contains__)
         return LayerService(self, layer, choices, is_token=len(chosen) == 1)
 
+    def bind(
+        self, layer: ServedLayer, x: Tensor, chosen: Tensor, shares: Tensor, out: Tensor
+    ) -> Callable[[], bool] | None:
+        """What serves one token after another in the same memory, as long as all its experts are in memory.
+
+        Args:
+            layer: which.
+            x: (1, width), what goes into them.
+            chosen: (1, used) int64 on the CPU; see `serve`.
+            shares: (1, used), of the chosen.
+            out: like x.
+
+        Returns:
+            It says whether it did; if not, or if there is none, `serve` has to.
+        """
+        kernel = layer.kernel
+        if kernel is None or not self.is_exact or kernel.taken(x) is not x:
+            return None
+        table = self._residents.table(layer.number, layer.experts, kernel.fields)
+        return partial(self._serve_token, layer, chosen, kernel.mixing(x, table, chosen, shares, out))
+
+    def _serve_token(self, layer: ServedLayer, chosen: Tensor, mix: Mixing) -> bool:
+        if self._journal is not None or not self._hints.is_idle:
+            return False
+        self.cache.keep_still()
+        try:
+            is_done = mix()
+        finally:
+            self.cache.move_again()
+        if is_done:
+            (routed,) = cast("list[list[int]]", chosen.tolist())
+            wanted = sorted(expert for expert in routed if expert < layer.experts)
+            self._order.note_token(layer.number, wanted)
+            self._hints.pass_by(layer.number, len(wanted))
+            keys = self.stock.high_keys[layer.number]
+            self.cache.touch([keys[expert] for expert in wanted])
+        return is_done
+
     def foresee(self, layer: int, experts: Sequence[int], chance: float = 1.0) -> int:
         """Begin to read what a later layer of this forward will probably want, behind all that is wanted now.
 
@@ -244,7 +287,9 @@ class Engine:
 
     def block(self, key: Key, lease: Lease) -> tuple[int, ...]:
         """An expert as the kernels take it, for as long as the lease lives."""
-        return self._source.block(key, lease)
+        block = self._source.block(key, lease)
+        self._residents.note(key, block)
+        return block
 
     def _choose(self, layer: ServedLayer, chosen: Tensor, weights: Tensor, is_here: IsHere) -> list[Choice]:
         """What serves a forward of a layer, of which everybody is told."""
@@ -269,6 +314,21 @@ class Engine:
             for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
             if number < layer.experts
         ]
+
+
+class Server(NamedTuple):
+    """How the module of a layer finds its experts; a `streamed.Serve` that binds tokens."""
+
+    engine: Engine
+    layer: ServedLayer
+
+    def __call__(self, chosen: Tensor, weights: Tensor) -> Service:
+        """See `Engine.serve`."""
+        return self.engine.serve(self.layer, chosen, weights)
+
+    def bind(self, x: Tensor, chosen: Tensor, shares: Tensor, out: Tensor) -> Callable[[], bool] | None:
+        """See `Engine.bind`."""
+        return self.engine.bind(self.layer, x, chosen, shares, out)
 
 
 class LayerService:

@@ -78,7 +78,8 @@ class ExactLayer(UsualWay):
         self._attend, self._trunk = kernels
 
     @property
-    def _attends(self) -> bool:
+    def attends(self) -> bool:
+        """See `token_walk.Way`."""
         return self._attention.is_stock(self._layer.attention)
 
     def bind(self, memory: TokenMemory) -> Bound:

@@ -134,12 +134,15 @@ class ExpectedUse(Layered):
 
     def _catch_up(self) -> None:
         lessons, self._lessons = self._lessons, []
-        for layer, wanted, tokens in lessons:
-            self._learn(layer, wanted, tokens)
+        lasts = {layer: number for number, (layer, wanted, _) in enumerate(lessons) if wanted}
+        for number, (layer, wanted, tokens) in enumerate(lessons):
+            if wanted:
+                self._learn(layer, wanted, tokens)
+            if lasts.get(layer) == number:  # what comes of the views is asked for then at the earliest
+                self._chances[layer] = self._weights @ self._views[layer]
+                self._urges[layer] = None
 
     def _learn(self, layer: int, wanted: Sequence[Wanted], tokens: int) -> None:
-        if not wanted:
-            return
         experts = [each.expert for each in wanted]
         views = self._views[layer]
         expected = views[:, experts]
@@ -151,10 +154,8 @@ class ExpectedUse(Layered):
         views[:, experts] += (
             gains * (np.array([each.tokens for each in wanted]) / tokens) if tokens > 1 else gains
         )
-        self._chances[layer] = self._weights @ views
         if self._low_costs:
             self._learn_classes(layer, experts, wanted)
-        self._urges[layer] = None
 
     def _gains(self, layer: int, tokens: int) -> NDArray[np.float64]:
         """How much of each view the newest tokens are: at least as much as of the mean of all so far."""

@@ -16,14 +16,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from undercroft.moe.engine import Engine
 from undercroft.moe.gate import FEW, Gate, Squash, Watch, normalised, squashed
 from undercroft.moe.governor import Governor, Totals, came_true
-from undercroft.moe.streamed import Serve, Service, attach, attached
+from undercroft.moe.streamed import Binds, Serve, Service, attach, attached
 
 _log = logging.getLogger(__name__)
 _Guesses = list[list[int]]
@@ -69,6 +69,14 @@ class Foresight:
                 self._judge(number, chosen)
                 self._look(number, chosen.shape[1])
         return service
+
+    def serve_bound(self, number: int, serve: Callable[[], bool]) -> bool:
+        """As `serve`, for a token and a `serve` that is bound to its memory; no where there is something to see."""
+        if self._watch is not None or self._guesses or self._governor.depth or not serve():
+            return False
+        if number == 0:
+            self._turn()
+        return True
 
     def _turn(self) -> None:
         """A forward of decoding begins, and perhaps another ended."""
@@ -133,6 +141,21 @@ class Foresight:
                 break
 
 
+class _Foreseeing(NamedTuple):
+    """How the module of a layer finds its experts while somebody looks ahead; a `streamed.Serve` that binds tokens."""
+
+    foresight: Foresight
+    number: int
+    serve: Serve
+
+    def __call__(self, chosen: Tensor, weights: Tensor) -> Service:
+        return self.foresight.serve(self.number, self.serve, chosen, weights)
+
+    def bind(self, x: Tensor, chosen: Tensor, shares: Tensor, out: Tensor) -> Callable[[], bool] | None:
+        bound = self.serve.bind(x, chosen, shares, out) if isinstance(self.serve, Binds) else None
+        return None if bound is None else partial(self.foresight.serve_bound, self.number, bound)
+
+
 class _Routers:
     """The routers of all layers in one matrix.
 
@@ -180,7 +203,7 @@ def look_ahead(model: nn.Module, engine: Engine, layers: Mapping[int, str], gove
     foresight = Foresight(engine, governor, Watch(model, layers))
     for number, name in layers.items():
         module = model.get_submodule(name)
-        attach(module, partial(foresight.serve, number, attached(module)))
+        attach(module, _Foreseeing(foresight, number, attached(module)))
     return foresight
 
 

@@ -55,11 +55,20 @@ class Hints:
         undecided = sum(self._stock.occupied(key) for keys in self._open.values() for key in keys)
         return Foreseen(predicted, useful, max(0, predicted - useful - cancelled - undecided))
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is foreseen."""
+        return not self._open
+
     def turn_to(self, layer: int, wanted: Set[Key | None]) -> None:
         """A layer is served, and wants these; take back what was foreseen for it and is not among them."""
-        self._now, self._wanted = layer, len(wanted)
+        self.pass_by(layer, len(wanted))
         for number in [each for each in self._open if each <= layer or layer == 0]:
             self._cache.recant(key for key in self._open.pop(number) if key not in wanted)
+
+    def pass_by(self, layer: int, wanted: int) -> None:
+        """A layer is served, and wants so many, while nothing is foreseen."""
+        self._now, self._wanted = layer, wanted
 
     def foresee(self, layer: int, experts: Sequence[int], chance: float) -> int:
         """Begin to read experts; see `Engine.foresee`."""

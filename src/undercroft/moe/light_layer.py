@@ -38,7 +38,8 @@ class LightLayer(UsualWay):
         self._attention, self._kernels = attention, kernels
 
     @property
-    def _attends(self) -> bool:
+    def attends(self) -> bool:
+        """See `token_walk.Way`."""
         return self._attention.is_here(self._layer.attention)
 
     def bind(self, memory: TokenMemory) -> Bound:

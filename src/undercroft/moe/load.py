@@ -32,7 +32,7 @@ from undercroft.moe.cooperate import Estimates
 from undercroft.moe.copies import check_served
 from undercroft.moe.device import carrier_to, find_device, put_trunk, room_for, slots_nbytes
 from undercroft.moe.device_engine import DeviceEngine
-from undercroft.moe.engine import Engine, ExpertReport, ExpertSource, ServedLayer
+from undercroft.moe.engine import Engine, ExpertReport, ExpertSource, ServedLayer, Server
 from undercroft.moe.exactly import hasten
 from undercroft.moe.foresight import look_ahead
 from undercroft.moe.governor import Governor
@@ -234,7 +234,7 @@ def _wire(
     """Let the model's forwards ask the engine."""
     for layer in experts.layers:
         module = model.get_submodule(layer.module)
-        attach(module, partial(engine.serve, _served(experts, layer, module, low=not engine.is_exact)))
+        attach(module, Server(engine, _served(experts, layer, module, low=not engine.is_exact)))
     if prefetch and engine.is_exact:
         governor = prefetch if isinstance(prefetch, Governor) else Governor()
         look_ahead(model, engine, {layer.number: layer.module for layer in experts.layers}, governor)

@@ -57,6 +57,7 @@ class ServingOrder:
     def __init__(self, stock: Stock, quality: Quality, policy: ExpertPolicy) -> None:
         self.account = Account(quality, 1 / (stock.used * max(stock.high_nbytes)))
         self._stock, self._quality, self._policy = stock, quality, policy
+        self._wanted = [Wanted(expert) for expert in range(stock.experts)]
 
     def step(self, layer: int, uses: Sequence[Use], tokens: int, is_here: IsHere) -> list[Choice]:
         """Turn to a layer.
@@ -82,11 +83,15 @@ class ServingOrder:
             layer: which.
             experts: in ascending order.
         """
-        assert not self._quality.degrades, "what may be given up is to be decided"
-        self.account.note(1)
-        self._policy.turn_to(layer, [Wanted(expert) for expert in experts])
+        self.note_token(layer, experts)
         highs, high = self._stock.high_keys[layer], Importance.HIGH
         return [Choice(expert, highs[expert], high, high, 1.0, 1) for expert in experts]
+
+    def note_token(self, layer: int, experts: Sequence[int]) -> None:
+        """`of_a_token` for whom knows what serves it."""
+        assert not self._quality.degrades, "what may be given up is to be decided"
+        self.account.note(1)
+        self._policy.turn_to(layer, [self._wanted[expert] for expert in experts])
 
     def _choose(self, layer: int, uses: Sequence[Use], tokens: int, is_here: IsHere) -> list[Choice]:
         highs = self._stock.high_keys[layer]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import cache
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -62,6 +62,15 @@ class Serve(Protocol):
 
     def __call__(self, chosen: Tensor, weights: Tensor) -> Service:
         """Begin to bring what a forward wants, all at once; see `streamed_forward`. What is chosen is on the CPU."""
+        ...
+
+
+@runtime_checkable
+class Binds(Protocol):
+    """A `Serve` that may do so for one token after another in the same memory."""
+
+    def bind(self, x: Tensor, chosen: Tensor, shares: Tensor, out: Tensor) -> Callable[[], bool] | None:
+        """See `bind_token`."""
         ...
 
 
@@ -190,6 +199,21 @@ def of_a_token(
     if not own.get(_IS_USUAL) or module.config._experts_implementation != IMPLEMENTATION:
         return module(hidden, chosen, weights)
     return _one_token(module, own[_ATTRIBUTE](chosen, weights), hidden, chosen, weights, out)
+
+
+def bind_token(
+    module: Any, x: Tensor, chosen: Tensor, shares: Tensor, out: Tensor
+) -> Callable[[], bool] | None:
+    """`of_a_token` in memory that stays, if that can be.
+
+    Returns:
+        What does it, or says that it has done nothing, so that `of_a_token` has to.
+    """
+    own = module.__dict__
+    serve = own.get(_ATTRIBUTE)
+    if not own.get(_IS_USUAL) or not FeedForward(module.act_fn).is_silu or not isinstance(serve, Binds):
+        return None
+    return serve.bind(x, chosen, shares, out)
 
 
 def _without(chosen: Tensor, weights: Tensor, skipped: list[int]) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from undercroft.kernels.linear import is_plain
 from undercroft.moe.growing import Growing, GrowingLayer
 from undercroft.moe.kept import Kept
 from undercroft.moe.mixed import put_before
-from undercroft.moe.streamed import of_a_token
+from undercroft.moe.streamed import bind_token, of_a_token
 from undercroft.moe.token_memory import Sizes, TokenMemory
 from undercroft.moe.turns import Turns
 from undercroft.moe.usual_model import UsualModel, usual_model
@@ -68,6 +68,7 @@ class Way(Protocol):
         hooked: of these, the norm before the experts, to which others may listen who want to know the residual.
         experts: the module.
         weights: all that it computes with, but for its experts.
+        numbers: attributes that it computes with, each a module and a name.
     """
 
     sizes: Sizes
@@ -75,10 +76,16 @@ class Way(Protocol):
     hooked: nn.Module
     experts: nn.Module
     weights: Sequence[Tensor]
+    numbers: Sequence[tuple[nn.Module, str]]
 
     @property
-    def is_same(self) -> bool:
-        """Whether it still does what the layer would, as far as modules and weights do not tell."""
+    def config(self) -> object:
+        """Of the layer."""
+        ...
+
+    @property
+    def attends(self) -> bool:
+        """Whether layers with that configuration would now attend in this way."""
         ...
 
     def bind(self, memory: TokenMemory) -> Bound:
@@ -98,15 +105,18 @@ class Walk:
         sizes = ways[0].sizes
         self._model, self._ways = model, ways
         places = [*model.places, *(place for way in ways for place in way.places)]
-        self._kept = Kept(places, hooked=[way.hooked for way in ways])
+        numbers = [number for way in ways for number in way.numbers]
+        self._kept = Kept(places, hooked=[way.hooked for way in ways], numbers=numbers)
+        self._config: dict[str, Any] = {}
         self._embedding: Tensor = model.embedding.weight
         weights = [self._embedding, *(weight for way in ways for weight in way.weights)]
-        self._weights = [(each, each.data_ptr(), each.dtype, each.shape) for each in weights]
+        self._weights = [_Weight(each) for each in weights]
         self._memory = TokenMemory(sizes)
         self._turns = Turns(model.rotary)
         self._states = Growing(len(ways), sizes.keys, sizes.head, sizes.dtype)
         self._bound: list[Bound] = []
         self._attend: list[tuple[Tensor, Callable[[int], object]] | None] = []
+        self._serve: list[Callable[[], bool] | None] = []
         self._threads = 0
         self._lock = Lock()
 
@@ -150,22 +160,29 @@ class Walk:
         return (
             not torch.is_autocast_enabled("cpu")
             and is_plain(_ANY)
-            and self._model.is_usual
+            and self._is_usual
+            and self._ways[0].attends
             and self._kept.holds
-            and all(way.is_same for way in self._ways)
-            and all(
-                weight.data_ptr() == address
-                and weight.dtype is dtype
-                and weight.shape == shape
-                and weight.is_contiguous()
-                for weight, address, dtype, shape in self._weights
-            )
+            and all(weight.is_same for weight in self._weights)
         )
+
+    @property
+    def _is_usual(self) -> bool:
+        config: dict[str, Any] = vars(self._model.inner.config)
+        if config != self._config:
+            if not self._model.is_usual:
+                return False
+            self._config = dict(config)
+        return True
 
     def _bind(self) -> None:
         if (threads := torch.get_num_threads()) != self._threads:
             self._bound, self._threads = [way.bind(self._memory) for way in self._ways], threads
             self._attend = [None] * len(self._ways)
+            m = self._memory
+            self._serve = [
+                bind_token(way.experts, m.x, m.chosen, m.shares, m.product[0]) for way in self._ways
+            ]
 
     def _through(self, token: int, before: int, states: Sequence[GrowingLayer]) -> Tensor:
         memory = self._memory
@@ -182,17 +199,45 @@ class Walk:
             else:
                 bound.normalise()
             bound.route()
-            made = of_a_token(way.experts, memory.x, memory.chosen, memory.shares, out=memory.product[0])
-            if made.data_ptr() != memory.product.data_ptr():
-                memory.product.copy_(made)
+            self._mix(number)
             bound.add()
         return memory.hidden.clone()
+
+    def _mix(self, number: int) -> None:
+        serve, memory = self._serve[number], self._memory
+        if serve is None or not serve():
+            experts, out = self._ways[number].experts, memory.product[0]
+            made = of_a_token(experts, memory.x, memory.chosen, memory.shares, out)
+            if made is not out:
+                out.copy_(made)
 
     def _attending(self, number: int, both: Tensor) -> Callable[[int], object]:
         known = self._attend[number]
         if known is None or known[0] is not both:
             self._attend[number] = known = (both, self._bound[number].attend(both))
         return known[1]
+
+
+class _Weight:
+    """A weight and where it lies, in one piece."""
+
+    __slots__ = ("_address", "_known", "_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._address, self._version = tensor, tensor.data_ptr(), tensor._version
+        self._known = tensor.dtype, tensor.shape
+
+    @property
+    def is_same(self) -> bool:
+        """Whether it lies there still; what it holds may have changed."""
+        tensor = self._tensor
+        if tensor.data_ptr() != self._address:
+            return False
+        if (version := tensor._version) != self._version:
+            if (tensor.dtype, tensor.shape) != self._known or not tensor.is_contiguous():
+                return False
+            self._version = version
+        return True
 
 
 def shorten_model(model: nn.Module, way_of: Callable[[nn.Module], Way | None]) -> bool:
@@ -202,6 +247,10 @@ def shorten_model(model: nn.Module, way_of: Callable[[nn.Module], Way | None]) -
     if found is None or not ways or len(ways) < len(found.layers) or len({way.sizes for way in ways}) > 1:
         return False
     weight = found.embedding.weight
+    if any(way.config is not found.inner.config for way in ways):
+        return False
+    if any(each.is_inference() for way in ways for each in (weight, *way.weights)):
+        return False  # of which nobody can tell whether they were changed
     if weight.dtype is not ways[0].sizes.dtype or weight.shape[1] != ways[0].sizes.width or not weight.is_cpu:
         return False
     put_before(_Short, model)

@@ -65,12 +65,14 @@ class Usual(NamedTuple):
     experts: Any
     places: list[tuple[nn.Module, str]]
 
-    def settings(self) -> tuple[object, ...]:
-        """Numbers beside the weights that it computes with."""
-        router, attention = self.router, self.attention
-        norms = (*self.norms, *self.head_norms)
-        among: object = getattr(router, "norm_topk_prob", None)
-        return (router.top_k, among, attention.head_dim, *(norm.variance_epsilon for norm in norms))
+    def numbers(self) -> list[tuple[nn.Module, str]]:
+        """Attributes beside the weights that it computes with, each a module and a name."""
+        of_router = [name for name in ("top_k", "norm_topk_prob") if hasattr(self.router, name)]
+        return [
+            *((self.router, name) for name in of_router),
+            *((self.attention, name) for name in ("head_dim", "scaling", "training")),
+            *((norm, "variance_epsilon") for norm in (*self.norms, *self.head_norms)),
+        ]
 
 
 def routing_of(router: nn.Module) -> Routing | None:
@@ -109,6 +111,7 @@ def usual(layer: nn.Module, is_norm: Callable[[nn.Module], bool] = is_rms_norm) 
             *((layer, name) for name in (*_NORMS, "self_attn", "mlp")),
             *((attention, name) for name in (*LINEAR, _OUT, *NORMS[: len(head_norms)])),
             *((module.mlp, name) for name in ("gate", "experts")),
+            *((module.mlp.experts, name) for name, _ in module.mlp.experts.named_children()),
         ],
     )
 

@@ -23,6 +23,7 @@ class UsualModel(NamedTuple):
         embedding: the module.
         layers: the modules.
         rotary: the module.
+        experts: what transformers calls the way in which experts run.
         places: of all these, each a parent and a name.
     """
 
@@ -30,6 +31,7 @@ class UsualModel(NamedTuple):
     embedding: Any
     layers: list[nn.Module]
     rotary: Any
+    experts: str
     places: list[tuple[nn.Module, str]]
 
     @property
@@ -37,7 +39,8 @@ class UsualModel(NamedTuple):
         """Whether it would now run its layers one after another over all that came before, and give a plain output."""
         config = self.inner.config
         return (
-            config.num_hidden_layers == len(self.layers)
+            config._experts_implementation == self.experts
+            and config.num_hidden_layers == len(self.layers)
             and config.return_dict
             and config.sliding_window is None
             and not (config.output_attentions or config.output_hidden_states or config.output_router_logits)
@@ -61,7 +64,8 @@ def usual_model(model: nn.Module) -> UsualModel | None:
         *((cast("nn.Module", inner), name) for name in _PARTS),
         *((cast("nn.Module", inner.layers), str(number)) for number in range(len(layers))),
     ]
-    found = UsualModel(inner, embedding, layers, inner.rotary_emb, places)
+    implementation: str = inner.config._experts_implementation
+    found = UsualModel(inner, embedding, layers, inner.rotary_emb, implementation, places)
     return found if found.is_usual else None
 
 

@@ -33,8 +33,8 @@ class UsualWay(ABC):
         self.hooked: nn.Module = layer.norms[1]
         self.experts: nn.Module = layer.experts
         self.weights = weights
+        self.numbers: Sequence[tuple[nn.Module, str]] = layer.numbers()
         self._layer = layer
-        self._settings = layer.settings()
         router = layer.router
         self.sizes = Sizes(
             width=router.weight.shape[1],
@@ -48,13 +48,14 @@ class UsualWay(ABC):
         )
 
     @property
-    def is_same(self) -> bool:
-        """Whether numbers beside the weights are what they were, and attention is computed as it was."""
-        return self._layer.settings() == self._settings and self._attends
+    def config(self) -> object:
+        """See `token_walk.Way`."""
+        return self._layer.attention.config
 
     @property
     @abstractmethod
-    def _attends(self) -> bool: ...
+    def attends(self) -> bool:
+        """See `token_walk.Way`."""
 
     @abstractmethod
     def bind(self, memory: TokenMemory) -> Bound:

@@ -172,6 +172,36 @@ class RecordCache:
             self._recorder.count("hits", len(found))
             return self._shelf.hold(found)
 
+    def touch(self, keys: Sequence[Key]) -> None:
+        """Count as hits what was used without being asked for, see `keep_still`."""
+        with self._lock:
+            for key in keys:
+                self._policy.touch(key)
+            self._recorder.count("hits", len(keys))
+
+    def keep_still(self) -> None:
+        """Let no record leave until as many calls of `move_again`: a use of whatever is here, without asking for it.
+
+        Meanwhile a fetch that needs room waits, and a hint finds none.
+
+        Raises:
+            SpillMisuse: the cache is closed.
+        """
+        with self._lock:
+            self._check_open()
+            self._shelf.keep_still()
+
+    def move_again(self) -> None:
+        """See `keep_still`."""
+        with self._lock:
+            self._shelf.move_again()
+            self._changed.notify_all()
+
+    def tell_of_leaving(self, told: Callable[[Key], None]) -> None:
+        """Let `told` know of every record that leaves from now on, in the middle of other calls of this object."""
+        with self._lock:
+            self._shelf.on_leave = told
+
     def foresee(
         self, keys: Iterable[tuple[str, str]], *, may_leave: Callable[[Key], bool] = lambda key: True
     ) -> list[Key]:

@@ -101,6 +101,7 @@ class Shelf:
         idle: those of them that could leave: whose bytes are here, and not in use.
         loading: entries whose bytes are on their way, in the order of their reads.
         hints: those of them that nobody asked for, in that order too.
+        on_leave: told of the key of each entry that leaves.
 
     Args:
         budget: the most bytes that entries may take.
@@ -117,6 +118,8 @@ class Shelf:
         self.loading: dict[Entry, None] = {}
         self.hints: dict[Entry, None] = {}
         self.entries: dict[Key, Entry] = {}
+        self.on_leave: Callable[[Key], None] = _nobody
+        self._still = 0
         self._slab, self._policy, self._on_evict = slab, policy, on_evict
         self._unpinned: SimpleQueue[Sequence[Entry]] = SimpleQueue()
 
@@ -171,6 +174,7 @@ class Shelf:
         del self.entries[entry.key]
         entry.lease = entry.transfer = None
         self._policy.remove(entry.key)
+        self.on_leave(entry.key)
 
     def pin(self, entry: Entry) -> Lease:
         """A lease of the entry's bytes; while it or a view of it lives, the entry stays."""
@@ -179,6 +183,16 @@ class Shelf:
     def hold(self, entries: Sequence[Entry]) -> Hold:
         """A use of several entries, which ends for all together."""
         return Hold([self._use(entry) for entry in entries], partial(self._unpinned.put, entries))
+
+    def keep_still(self) -> None:
+        """Let no entry leave until as many calls of `move_again`: a use of all of them that asks for none."""
+        self._still += 1
+
+    def move_again(self) -> None:
+        """See `keep_still`."""
+        self._still -= 1
+        if self.held > self.budget:  # which has become smaller
+            self.resize(self.budget)
 
     def collect(self) -> None:
         """Take note of the pins that died; what there is no room for any more leaves."""
@@ -231,7 +245,7 @@ class Shelf:
         entry.pins -= 1
         if not entry.pins and entry.lease is not None:
             self.idle += entry.nbytes
-            if self.held > self.budget:  # which has become smaller
+            if self.held > self.budget and not self._still:  # which has become smaller
                 self._evict(entry)
                 self._slab.trim()
 
@@ -275,7 +289,7 @@ class Shelf:
         return leaving
 
     def _victims(self, spare: Spare) -> Iterator[Entry]:
-        for key in self._policy.victims():
+        for key in () if self._still else self._policy.victims():
             entry = self.entries[key]
             if not entry.loading and not entry.pins and spare(entry):
                 yield entry
@@ -283,6 +297,10 @@ class Shelf:
     def _evict(self, entry: Entry) -> None:
         self.remove(entry)
         self._on_evict(entry)
+
+
+def _nobody(_: Key) -> None:
+    """Needs to be told of nothing."""
 
 
 def anything(_: Entry) -> bool:
