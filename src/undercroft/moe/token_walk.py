@@ -168,11 +168,11 @@ class Walk:
 
     @property
     def _is_usual(self) -> bool:
-        config: dict[str, Any] = vars(self._model.inner.config)
+        config = self._model.config
         if config != self._config:
             if not self._model.is_usual:
                 return False
-            self._config = dict(config)
+            self._config = config.copy()
         return True
 
     def _bind(self) -> None:

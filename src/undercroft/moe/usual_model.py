@@ -35,6 +35,11 @@ class UsualModel(NamedTuple):
     places: list[tuple[nn.Module, str]]
 
     @property
+    def config(self) -> dict[str, Any]:
+        """All that it is configured with."""
+        return vars(self.inner.config)
+
+    @property
     def is_usual(self) -> bool:
         """Whether it would now run its layers one after another over all that came before, and give a plain output."""
         config = self.inner.config
