@@ -37,7 +37,8 @@ class UsualModel(NamedTuple):
     @property
     def config(self) -> dict[str, Any]:
         """All that it is configured with."""
-        return vars(self.inner.config)
+        config: Any = self.inner.config
+        return cast("dict[str, Any]", vars(config))
 
     @property
     def is_usual(self) -> bool:
