@@ -124,3 +124,15 @@ def test_statistics_that_are_none(wrong: dict[str, object]) -> None:
     other = Stock.of([4096] * 5, experts=8, used=2)
     with pytest.raises(InvalidInput, match="saved statistics"):
         ExpectedUse(other).restore(trained(STOCK, 1).state())
+
+
+def test_lessons_that_nobody_asked_for_are_let_go_once_no_view_would_remember_them() -> None:
+    stock = Stock.of([100, 100], experts=8, used=2, high="high")
+    policies = ExpectedUse(stock), ExpectedUse(stock)
+    for token in range(700):
+        for layer in (0, 1):
+            policies[0].turn_to(layer, [Wanted((token + layer) % 8), Wanted((token + 3) % 8)])
+    for token in range(700 - 256, 700):
+        for layer in (0, 1):
+            policies[1].turn_to(layer, [Wanted((token + layer) % 8), Wanted((token + 3) % 8)])
+    assert policies[0].state() == policies[1].state()

@@ -13,6 +13,7 @@ maximisation). Where routing is pure chance, the last view wins and nothing is b
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,8 +36,6 @@ _LEAST_WEIGHT = 0.01
 _CLASS_RATE = 1 / 16
 """How much of an expert's share of low uses the newest use is."""
 _LEAST_WORTH = 1e-9
-_SOON = 256
-"""Services after which their lessons are learned though nobody asked."""
 _IDLE = 1e15
 """The urge of what is worth nothing: above all others."""
 
@@ -78,15 +77,14 @@ class ExpectedUse(Layered):
         self._low_costs = [low / high for low, high in ratios]
         self._distances = [*range(stock.layers)] * 2
         self._urges: list[_Urges | None] = [None] * stock.layers
-        self._lessons: list[tuple[int, Sequence[Wanted], int]] = []
+        # They wait until somebody asks. Where all has room for longer than any view remembers, the oldest are let go.
+        self._lessons: deque[tuple[int, Sequence[Wanted], int]] = deque(maxlen=_LONG * stock.layers)
 
     def turn_to(self, layer: int, wanted: Sequence[Wanted] = (), tokens: int = 1) -> None:
         """See `ExpertPolicy`."""
         self._lessons.append((layer, wanted, tokens))
         self._now = layer
         self._unsorted.add(layer)
-        if len(self._lessons) >= _SOON:
-            self._catch_up()
 
     def victims(self) -> Iterator[Key]:
         """See `EvictionPolicy`."""
@@ -133,7 +131,8 @@ class ExpectedUse(Layered):
         self._unsorted.update(range(self._stock.layers))
 
     def _catch_up(self) -> None:
-        lessons, self._lessons = self._lessons, []
+        lessons = [*self._lessons]
+        self._lessons.clear()
         lasts = {layer: number for number, (layer, wanted, _) in enumerate(lessons) if wanted}
         for number, (layer, wanted, tokens) in enumerate(lessons):
             if wanted:
