@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -135,3 +136,21 @@ def test_what_pytorch_has_to_compute_is_not_taken() -> None:
 def test_other_shapes_have_no_kernel(gate_up: tuple[int, ...], down: tuple[int, ...]) -> None:
     assert exact_kernel(gate_up, down, squeezed=False) is None
     assert exact_kernel((128, 64), (64, 64), squeezed=False) == BitwiseExperts(64, 64, squeezed=False)
+
+
+@pytest.mark.parametrize("shares", [torch.bfloat16, torch.float32])
+def test_those_that_a_token_chose_are_mixed_where_they_are_there(shares: torch.dtype) -> None:
+    experts, x = drawn(128, 192, 4), torch.randn(1, 128).to(BF16)
+    chosen, given = torch.tensor([[6, 0, 9, 3]]), torch.tensor([[0.5, 0.25, 0.125, 0.0625]], dtype=shares)
+    for kernel, blocks in in_both_forms(experts, 128, 192):
+        table, out = np.zeros((7, kernel.fields), dtype=np.int64), torch.full_like(x, 7)
+        mix = kernel.mixing(x, table, chosen, given, out)
+        table[[0, 3]] = blocks[0], blocks[1]
+        assert not mix()
+        assert torch.equal(out, torch.full_like(x, 7))
+        table[6] = blocks[2]
+        assert mix()
+        assert bits(out) == bits(kernel.mix(x, blocks, [(0, 0.25), (1, 0.0625), (2, 0.5)]))
+        chosen[:] = 99  # none
+        assert not mix()
+        chosen[:] = torch.tensor([[6, 0, 9, 3]])

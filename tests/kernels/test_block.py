@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -152,3 +153,18 @@ def test_a_mix_is_the_sum_of_its_blocks_to_the_bit(packed: list[Packed], dtype: 
         mix(x, blocks, SIZES, [(8, 1.0)])
     with pytest.raises(InvalidInput, match="meets blocks"):
         mix(x[:, 1:], blocks, SIZES, terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_those_that_a_token_chose_are_mixed_where_they_are_there(
+    packed: list[Packed], dtype: torch.dtype
+) -> None:
+    x, out = torch.randn(1, SIZES.width).to(dtype), torch.empty(1, SIZES.width, dtype=dtype)
+    chosen, shares = torch.tensor([[6, 0, 9, 3]]), torch.tensor([[0.5, 0.25, 0.125, 0.0625]], dtype=dtype)
+    table = np.zeros((8, SIZES.fields), dtype=np.int64)
+    mixing = SIZES.mixing(x, table, chosen, shares, out)
+    assert not mixing()
+    table[[0, 3, 6]] = [packed[number].block for number in (0, 3, 6)]
+    assert mixing()
+    terms = [(0, 0.25), (1, 0.0625), (2, 0.5)]
+    assert torch.equal(out, mix(x, [packed[number].block for number in (0, 3, 6)], SIZES, terms))

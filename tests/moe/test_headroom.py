@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.moe.conftest import mixtral, prompt, qwen, stock
+from transformers.cache_utils import StaticCache
 
 from undercroft.errors import BudgetExceeded
 from undercroft.moe.headroom import Headroom, kv_nbytes, token_nbytes
@@ -88,3 +89,17 @@ def test_a_budget_below_one_token_is_warned_of(
         load_moe(checkpoint(), demand - 4096)
     load_moe(checkpoint(seed=1), demand)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_cache_of_fixed_size_is_covered(checkpoint: Callable[..., Path], grows: bool) -> None:
+    folder = checkpoint()
+    model: Any = load_moe(folder, 4 * BANK)
+    headroom = headroom_of(model)
+    headroom._grows = grows
+    past = StaticCache(config=model.config, max_cache_len=512)
+    with torch.no_grad():
+        model(input_ids=prompt(), past_key_values=past)
+        for _ in range(3):
+            model(input_ids=prompt(1, 1), past_key_values=past)
+            assert kv_nbytes(past) <= headroom.nbytes <= 2 * kv_nbytes(past) + BANK // 4

@@ -1,6 +1,8 @@
 """A token's short way through a whole model: the bits of stock transformers, whatever became of its modules."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,14 @@ from tests.moe.families import fill
 from tests.moe.test_exact import same
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from undercroft.kernels.bitwise import reproduces
 from undercroft.kernels.bitwise_attention import attends
 from undercroft.kernels.bitwise_router import routes
 from undercroft.kernels.trunk import available
 from undercroft.moe.governor import Governor
-from undercroft.moe.growing import spare
+from undercroft.moe.growing import grown, spare
 from undercroft.moe.light import lighten
 from undercroft.moe.load import load_moe
 
@@ -419,3 +422,133 @@ def test_what_is_set_aside_covers_the_room_of_keys_and_values(folder: Path) -> N
             assert all(
                 room.shape[2] <= past.get_seq_length() + spare(past.get_seq_length()) for room in rooms
             )
+
+
+def test_bit_for_bit_after_inference_mode(folder: Path) -> None:
+    model: Any = load_moe(folder, "200KiB", dtype=BF16, prefetch=False)
+    with torch.inference_mode():
+        same(stock(folder, BF16), model, prompt(), tokens=8)
+    same(stock(folder, BF16), model, prompt(), tokens=24)
+
+
+def test_bit_for_bit_under_another_default_device(models: tuple[Any, Any]) -> None:
+    logits: list[Tensor] = []
+    for model in models:
+        with torch.no_grad():
+            past = model(input_ids=prompt()).past_key_values
+            step = prompt(1, 1)
+            with torch.device("meta"):
+                logits.append(model(input_ids=step, past_key_values=past).logits)
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_who_listens_to_a_residual_may_keep_and_change_it(models: tuple[Any, Any], factor: int) -> None:
+    heard: list[list[Tensor]] = []
+    for model in models:
+        found: list[Tensor] = []
+
+        def listen(module: nn.Module, args: Any, found: list[Tensor] = found) -> None:
+            found.append(args[0].mul_(factor))
+
+        with torch.no_grad():
+            past = model(input_ids=prompt()).past_key_values
+            for layer in model.model.layers:
+                layer.post_attention_layernorm.register_forward_pre_hook(listen)
+            for _ in range(3):
+                found.append(model(input_ids=prompt(1, 1), past_key_values=past).logits)
+        heard.append(found)
+    assert all(map(torch.equal, *heard))
+
+
+def transposed(layer: Any) -> None:
+    weight = layer.self_attn.o_proj.weight
+    weight.data = weight.data.t()
+
+
+def reversed_view(layer: Any) -> None:
+    weight = layer.mlp.gate.weight
+    weight.data = weight.data.view(2, -1)[:, : weight.numel() // 2].view_as(weight).t().contiguous().t()
+
+
+@pytest.mark.parametrize("change", [transposed, reversed_view])
+def test_weights_that_lie_otherwise_in_the_same_place_are_heeded(
+    tmp_path: Path, checkpoint: Callable[..., Path], change: Callable[[Any], None]
+) -> None:
+    make = lambda seed: qwen(seed, hidden_size=128, moe_intermediate_size=64, num_experts=8, head_dim=32)  # noqa: E731
+    stock(checkpoint(make=make), BF16).save_pretrained(tmp_path)
+    models = stock(tmp_path, BF16), load_moe(tmp_path, "4MiB", dtype=BF16, prefetch=False)
+    for model in models:
+        with torch.no_grad():
+            past = model(input_ids=prompt()).past_key_values
+            model(input_ids=prompt(1, 1), past_key_values=past)
+            change(model.model.layers[1])
+    same(*models, prompt(), tokens=8)
+
+
+@pytest.mark.skipif(not available(), reason="nothing compiles kernels here")
+def test_light_layers_heed_other_norms_of_heads(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    stock(checkpoint(make=qwen_of_eight), BF16).save_pretrained(tmp_path)
+    models = light_models(tmp_path)
+    for model in models:
+        with torch.no_grad():
+            past = model(input_ids=prompt()).past_key_values
+            model(input_ids=prompt(1, 1), past_key_values=past)
+            weight = model.model.layers[1].self_attn.q_norm.weight
+            weight.data = 3 * weight.data
+    same(*models, prompt(), tokens=8)
+
+
+def test_a_cache_and_its_layers_stay_the_callers(models: tuple[Any, Any]) -> None:
+    for model in models:
+        with torch.no_grad():
+            past = model(input_ids=prompt()).past_key_values
+            layers, layer, other = past.layers, past.layers[0], copy.copy(past)
+            model(input_ids=prompt(1, 1), past_key_values=past)
+        assert past.layers is layers
+        assert layer is layers[0]
+        assert layer.get_seq_length() == other.get_seq_length() == layer.keys.shape[2] == 13
+
+
+@pytest.mark.usefixtures("_is_short")
+def test_keys_and_values_go_with_their_cache(models: tuple[Any, Any]) -> None:
+    _, model = models
+    with torch.no_grad():
+        past = model(input_ids=prompt()).past_key_values
+        model(input_ids=prompt(1, 1), past_key_values=past)
+    both = [weakref.ref(layer.both) for layer in past.layers]
+    assert all(each() is not None for each in both)
+    del past
+    gc.collect()
+    assert all(each() is None for each in both)
+
+
+@pytest.mark.usefixtures("_is_short")
+def test_copies_and_files_have_plain_layers_without_room(models: tuple[Any, Any], tmp_path: Path) -> None:
+    _, model = models
+    with torch.no_grad():
+        past = model(input_ids=prompt()).past_key_values
+        model(input_ids=prompt(1, 1), past_key_values=past)
+    torch.save(past, tmp_path / "past.pt")
+    for other in (copy.deepcopy(past), torch.load(tmp_path / "past.pt", weights_only=False)):
+        for layer, plain in zip(past.layers, other.layers, strict=True):
+            assert type(plain) is DynamicLayer
+            assert torch.equal(plain.keys, layer.keys)
+            assert torch.equal(plain.values, layer.values)
+            assert plain.keys.untyped_storage().nbytes() == layer.keys.nbytes
+
+
+def test_a_token_that_breaks_off_is_not_kept() -> None:
+    layer = DynamicLayer()
+    layer.update(*torch.ones(2, 1, 2, 5, 16))
+    past = DynamicCache()
+    past.layers = [layer]
+
+    def attend(before: int) -> None:
+        raise KeyboardInterrupt
+
+    (growing,) = grown(past)
+    with pytest.raises(KeyboardInterrupt):
+        growing.add(lambda both: attend)
+    assert growing.keys is not None
+    assert growing.keys.shape[2] == 5

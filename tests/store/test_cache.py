@@ -325,6 +325,44 @@ class TestRoom:
         assert house.cache.pinned == BLOCK, caught
         del lease
 
+    def test_while_all_keep_still_nothing_leaves(self, build: Build) -> None:
+        house = build([BLOCK] * 4, 2)
+        house.use(0, 1)
+        stills = [house.cache.still(), house.cache.still()]
+        with pytest.raises(BudgetExceeded):
+            house.take(2)
+        assert house.cache.foresee(keys(3)) == []
+        house.cache.resize(BLOCK)
+        assert house.resident() == {0, 1}
+        stills.pop()
+        assert house.resident() == {0, 1}
+        stills.pop()
+        assert house.cache.pinned == 0
+        assert len(house.resident()) == 1
+        house.use(2)
+        assert house.resident() == {2}
+
+    def test_who_is_to_know_of_leaving_does(self, build: Build) -> None:
+        house = build([BLOCK] * 4, 2)
+        gone: list[tuple[str, str]] = []
+        house.cache.tell_of_leaving(gone.append)
+        house.use(0, 1, 2)
+        assert gone == [key(0)]
+        house.cache.resize(BLOCK)
+        assert len(gone) == 2
+        house.cache.close()
+        assert set(gone) == set(keys(0, 1, 2))
+
+    def test_closing_waits_for_those_who_use_all(self, build: Build) -> None:
+        house = build([BLOCK] * 2, 2)
+        house.use(0, 1)
+        still = house.cache.still()
+        house.cache.close(timeout=0.1)
+        assert house.cache.held == 2 * BLOCK
+        del still
+        house.cache.close()
+        assert house.cache.held == 0
+
     def test_a_record_beyond_the_budget_is_refused_without_waiting(self, build: Build) -> None:
         house = build([3 * BLOCK, BLOCK], 2, patience=1e9)
         with pytest.raises(BudgetExceeded):

@@ -16,7 +16,9 @@ from itertools import chain
 from struct import pack
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
@@ -98,14 +100,16 @@ class BitwiseExperts(NamedTuple):
         """See `block.ExpertKernel`."""
         return len((SqueezedBlock if self.squeezed else PlainBlock)._fields)
 
-    def mixing(self, x: Tensor, table: Tensor, chosen: Tensor, shares: Tensor, out: Tensor) -> Mixing:
+    def mixing(
+        self, x: Tensor, table: NDArray[np.int64], chosen: Tensor, shares: Tensor, out: Tensor
+    ) -> Mixing:
         """See `block.ExpertKernel`."""
         native = _native()
         assert native is not None, "asked for where `reproduces` says no"
         sizes = (torch.get_num_threads(), self.width, self.intermediate)
         between = (native.activation.data_ptr(), bitwise.nan(), x.data_ptr())
         terms = (chosen.numel(), chosen.data_ptr(), shares.dtype is torch.bfloat16, shares.data_ptr())
-        arguments = (*sizes, table.data_ptr(), len(table), *between, *terms, out.data_ptr())
+        arguments = (*sizes, table.ctypes.data, len(table), *between, *terms, out.data_ptr())
         function = native.squeezed_chosen if self.squeezed else native.plain_chosen
         return partial(mixed, Call(function, arguments, (x, table, chosen, shares, out)), require_whole)
 

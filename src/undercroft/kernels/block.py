@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from undercroft.errors import InvalidInput
@@ -32,12 +34,14 @@ class ExpertKernel(Protocol):
         """Numbers in a block; the first is never zero."""
         ...
 
-    def mixing(self, x: Tensor, table: Tensor, chosen: Tensor, shares: Tensor, out: Tensor) -> Mixing:
+    def mixing(
+        self, x: Tensor, table: NDArray[np.int64], chosen: Tensor, shares: Tensor, out: Tensor
+    ) -> Mixing:
         """`mix` of a token's experts, again and again in the same memory.
 
         Args:
             x: (1, width), such as is `taken`.
-            table: (experts, fields) int64, the blocks of all experts, zeros for those that are not in memory.
+            table: (experts, fields), the blocks of all experts, beginning with zero for those that are not in memory.
             chosen: (1, used) int64, experts by number, of whom the sum is in ascending order; a number beyond the last
                 means none.
             shares: (1, used), bfloat16 or float32.
@@ -86,7 +90,9 @@ class Gated(NamedTuple):
         """See `ExpertKernel`."""
         return len(Block._fields)
 
-    def mixing(self, x: Tensor, table: Tensor, chosen: Tensor, shares: Tensor, out: Tensor) -> Mixing:
+    def mixing(
+        self, x: Tensor, table: NDArray[np.int64], chosen: Tensor, shares: Tensor, out: Tensor
+    ) -> Mixing:
         """See `ExpertKernel`."""
         call = _native().mixing(x, table, self.intermediate, chosen, shares, out)
         return partial(mixed, call, _require_done)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 
 class Call(NamedTuple):
-    """A C function, all that it is called with, and the tensors whose addresses that has.
+    """A C function, all that it is called with, and the tensors and arrays whose addresses that has.
 
     Attributes:
         function: answers whether it could; some answer more, and are not to be called as this is.
@@ -23,7 +25,7 @@ class Call(NamedTuple):
 
     function: Callable[..., int]
     arguments: tuple[Any, ...]
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Tensor | NDArray[np.int64], ...]
 
     def __call__(self) -> None:
         """Do it.

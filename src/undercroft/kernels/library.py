@@ -16,7 +16,9 @@ from itertools import chain
 from pathlib import Path
 from struct import pack
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from undercroft import native
@@ -141,14 +143,20 @@ class Library:
         return out
 
     def mixing(
-        self, x: Tensor, table: Tensor, intermediate: int, chosen: Tensor, shares: Tensor, out: Tensor
+        self,
+        x: Tensor,
+        table: NDArray[np.int64],
+        intermediate: int,
+        chosen: Tensor,
+        shares: Tensor,
+        out: Tensor,
     ) -> Call:
         """`mix` of those that a token chose; see `ExpertKernel.mixing`."""
         number, threads, bf16, _, width = self._call(x, None)
-        sizes, picked = (width, intermediate, x.data_ptr()), (table.data_ptr(), len(table), chosen.numel())
+        sizes, picked = (width, intermediate, x.data_ptr()), (table.ctypes.data, len(table), chosen.numel())
         terms = (chosen.data_ptr(), shares.dtype is torch.bfloat16, shares.data_ptr(), out.data_ptr())
-        tensors = (x, table, chosen, shares, out)
-        return Call(self._mix_chosen, (number, threads, bf16, *sizes, *picked, *terms), tensors)
+        arguments = (number, threads, bf16, *sizes, *picked, *terms)
+        return Call(self._mix_chosen, arguments, (x, table, chosen, shares, out))
 
     def add_up(
         self, rows: Tensor, order: Sequence[int], shares: Sequence[float], dtype: torch.dtype

@@ -236,11 +236,9 @@ class Engine:
     def _serve_token(self, layer: ServedLayer, chosen: Tensor, mix: Mixing) -> bool:
         if self._journal is not None or not self._hints.is_idle:
             return False
-        self.cache.keep_still()
-        try:
-            is_done = mix()
-        finally:
-            self.cache.move_again()
+        still = self.cache.still()
+        is_done = mix()
+        del still
         if is_done:
             (routed,) = cast("list[list[int]]", chosen.tolist())
             wanted = sorted(expert for expert in routed if expert < layer.experts)

@@ -6,12 +6,15 @@ token is added behind all that was; room is never more than `spare` tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+Attending = Callable[[Tensor], Callable[[int], object]]
+"""Given the memory of all keys and values, what puts a token's there behind so many others, and attends to all."""
 
 
 def spare(tokens: int) -> int:
@@ -20,9 +23,9 @@ def spare(tokens: int) -> int:
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer of a dynamic cache, of one row, with room behind its keys and values.
+    """A layer of a dynamic cache, of one row, with room behind its keys and values; `grown` makes one of a layer.
 
-    Whoever sets either takes both out of that memory. `cast` makes one of a layer.
+    Whoever sets either takes both out of that memory. Copies and files have plain layers.
 
     Attributes:
         both: (2, heads, most tokens, width), keys and values; None where they are as they were set.
@@ -31,18 +34,8 @@ class GrowingLayer(DynamicLayer):
 
     both: Tensor | None
     tokens: int
-
-    @staticmethod
-    def of(layer: DynamicLayer) -> GrowingLayer:
-        """The same layer, which a cache is to have from now on in its place."""
-        found = GrowingLayer()
-        for name, value in vars(layer).items():
-            setattr(found, name, value)
-        return found
-
-    def __init__(self) -> None:
-        self.both, self.tokens, self._given = None, 0, [cast("Tensor | None", None)] * 2
-        super().__init__()
+    _given: list[Tensor | None]
+    _attend: tuple[Attending, Callable[[int], object]] | None
 
     @property
     def keys(self) -> Tensor | None:  # pyright: ignore
@@ -69,17 +62,22 @@ class GrowingLayer(DynamicLayer):
             return sum(0 if each is None else each.nbytes for each in self._given)
         return self.both.nbytes // self.both.shape[2] * self.tokens
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies, which get no room: two layers would put their next tokens into the same."""
-        return {**vars(self), "both": None, "_given": [self.keys, self.values]}
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As a plain layer: two that grow in one place would put their next tokens there."""
+        own = ("both", "tokens", "_given", "_attend")
+        state = {name: value for name, value in vars(self).items() if name not in own}
+        parts = [None if part is None else part.clone() for part in (self.keys, self.values)]
+        return DynamicLayer, (), {**state, "keys": parts[0], "values": parts[1]}
 
-    def grow(self) -> Tensor:
-        """Count one token more; `both`, in which its keys and values are to be put behind the others."""
+    def add(self, attending: Attending) -> None:
+        """One token more: its keys and values are put behind the others, and it attends to all."""
         both = self.both
         if both is None or both.shape[2] == self.tokens:
             both = self._moved()
-        self.tokens += 1
-        return both
+        if self._attend is None or self._attend[0] is not attending:
+            self._attend = attending, attending(both)
+        self._attend[1](self.tokens)
+        self.tokens += 1  # not before, for what breaks off leaves nothing there
 
     def _moved(self) -> Tensor:
         parts = [cast("Tensor", part) for part in (self.keys, self.values)]
@@ -87,7 +85,7 @@ class GrowingLayer(DynamicLayer):
         both = parts[0].new_empty(2, heads, tokens + spare(tokens), width)
         for to, part in zip(both, parts, strict=True):
             to[:, :tokens].copy_(part[0])
-        self.both, self.tokens, self._given = both, tokens, [None, None]
+        self.both, self.tokens, self._given, self._attend = both, tokens, [None, None], None
         return both
 
     def _part(self, number: int) -> Tensor | None:
@@ -97,7 +95,26 @@ class GrowingLayer(DynamicLayer):
 
     def _give(self, number: int, value: Tensor | None) -> None:
         self._given = [self.keys, self.values]
-        self._given[number], self.both = value, None
+        self._given[number] = value
+        self.both = self._attend = None
+
+
+def grows(past: object) -> bool:
+    """Whether a cache is of those whose layers all can be `GrowingLayer`s."""
+    return type(past) is DynamicCache and all(
+        type(layer) in (DynamicLayer, GrowingLayer) for layer in past.layers
+    )
+
+
+def grown(past: Any) -> list[GrowingLayer]:
+    """The layers of such a cache, which are `GrowingLayer`s from now on."""
+    for layer in past.layers:
+        if type(layer) is DynamicLayer:
+            own = vars(layer)
+            given = [own.pop("keys"), own.pop("values")]
+            cast("Any", layer).__class__ = GrowingLayer
+            own.update(both=None, tokens=0, _given=given, _attend=None)
+    return past.layers
 
 
 class Growing:
@@ -119,12 +136,6 @@ class Growing:
             return None
         known = {self._tokens(layer) for layer in past.layers}
         return known.pop() if len(known) == 1 else None
-
-    @staticmethod
-    def layers(past: Any) -> Sequence[GrowingLayer]:
-        """Those of a cache that has `tokens`, as they are from now on."""
-        past.layers = [each if type(each) is GrowingLayer else GrowingLayer.of(each) for each in past.layers]
-        return past.layers
 
     def _tokens(self, layer: Any) -> int | None:
         both: Tensor | None = layer.both if type(layer) is GrowingLayer else None

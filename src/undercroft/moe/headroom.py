@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from undercroft.errors import BudgetExceeded
-from undercroft.moe.growing import GrowingLayer, spare
+from undercroft.moe.growing import GrowingLayer, grows, spare
 from undercroft.store.budget import Budget, Reservation
 from undercroft.store.cache import RecordCache
 from undercroft.store.ranges import round_up
@@ -78,20 +78,22 @@ class Headroom:
         Raises:
             BudgetExceeded: what is left does not hold an expert.
         """
-        each, most = self._each(past, rows * past_tokens), past_tokens + tokens
-        if self._grows and rows == 1:
-            most += spare(most)
-        self._set_aside(max(self._always, int(each * rows * most) + rows * tokens * self._row_nbytes))
+        kept = self._kept(past, past_tokens, rows, tokens)
+        self._set_aside(max(self._always, kept + rows * tokens * self._row_nbytes))
 
-    def _each(self, past: object, tokens: int) -> float:
-        """Bytes of a KV cache for each of its tokens; asked once of one that grows, for it has many parts."""
+    def _kept(self, past: object, past_tokens: int, rows: int, tokens: int) -> int:
+        """Bytes of a KV cache with so many more tokens, and of the room behind it."""
+        most = past_tokens + tokens
         if past is not None and self._known.past() is past:
-            return self._known.each
+            return int(self._known.each * rows * (most + spare(most)))
         held = kv_nbytes(past)
-        each = held / tokens if held and tokens else self._token_nbytes
-        if held and self._grows:
-            self._known = _Known(ref(past), each)
-        return each
+        each = held / (rows * past_tokens) if held and past_tokens else self._token_nbytes
+        kept = held + int(each * rows * tokens)
+        if not self._grows or not (past is None or grows(past)):
+            return kept
+        if held and past_tokens:
+            self._known = _Known(ref(past), each)  # asked once, for a cache has many parts
+        return kept + int(each * rows * spare(most))
 
     def _set_aside(self, nbytes: int) -> None:
         claim = round_up(nbytes, self._step)
@@ -112,7 +114,7 @@ class Headroom:
 
 
 class _Known(NamedTuple):
-    """A KV cache, and its bytes for each token."""
+    """A KV cache that may grow where it lies, and its bytes for each token of a row."""
 
     past: Callable[[], object]
     each: float

@@ -33,8 +33,8 @@ class LightLayer(UsualWay):
     """
 
     def __init__(self, layer: Usual, attention: Joined, kernels: Trunk) -> None:
-        before, after = (norm.weight for norm in layer.norms)
-        super().__init__(layer, attention.heads, before.dtype, (before, after, layer.router.weight))
+        weights = _weights(layer)
+        super().__init__(layer, attention.heads, weights[0].dtype, weights)
         self._attention, self._kernels = attention, kernels
 
     @property
@@ -79,9 +79,14 @@ def light_layer(attention_of: Callable[[nn.Module], Joined | None], layer: nn.Mo
     found, kernels = usual(layer, is_norm=lambda norm: isinstance(norm, Norm)), trunk.load()
     if found is None or kernels is None or not isinstance(found.out, PackedLinear):
         return None
-    weights: list[Tensor] = [*(norm.weight for norm in found.norms), found.router.weight]
+    weights = _weights(found)
     fits = all(each.dtype in DTYPES and each.is_cpu and each.is_contiguous() for each in weights)
     if not fits or found.router.weight.shape[1] % trunk.STEP or len({each.dtype for each in weights}) > 1:
         return None
     attention = attention_of(found.attention)
     return None if attention is None else LightLayer(found, attention, kernels)
+
+
+def _weights(layer: Usual) -> list[Tensor]:
+    """Those that are not packed."""
+    return [norm.weight for norm in (*layer.norms, *layer.head_norms, layer.router)]

@@ -1,15 +1,15 @@
 """Where the experts are that are in memory, as kernels take them: what a token wants is found without asking for each.
 
-It knows layers, keys and blocks; not caches or kernels. Invariants: a row that is not zeros is where its expert is,
-for as long as the cache does not let it go; whoever reads rows keeps the cache from that meanwhile.
+It knows layers, keys and blocks; not caches or kernels. Invariants: a row that does not begin with zero is where its
+expert is, for as long as the cache does not let it go; whoever reads rows keeps the cache from that meanwhile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from undercroft.moe.stock import Stock
 from undercroft.store.record import Key
@@ -24,10 +24,10 @@ class Residents:
 
     def __init__(self, stock: Stock) -> None:
         self._stock = stock
-        self._tables: dict[int, Tensor] = {}
+        self._tables: dict[int, NDArray[np.int64]] = {}
 
-    def table(self, layer: int, experts: int, fields: int) -> Tensor:
-        """Of a layer, (experts, fields) int64, zeros for those that are not known to be in memory.
+    def table(self, layer: int, experts: int, fields: int) -> NDArray[np.int64]:
+        """Of a layer, (experts, fields), whose first field is zero for those that are not known to be in memory.
 
         Args:
             layer: which.
@@ -35,17 +35,19 @@ class Residents:
             fields: of a block; its first is never zero.
         """
         if layer not in self._tables:
-            self._tables[layer] = torch.zeros(experts, fields, dtype=torch.int64, device="cpu")
+            self._tables[layer] = np.zeros((experts, fields), dtype=np.int64)
         return self._tables[layer]
 
     def note(self, key: Key, block: Sequence[int]) -> None:
         """An expert is there, and held while this is said."""
         layer, expert, is_high = self._stock.places[key]
         if is_high and layer in self._tables:
-            self._tables[layer][expert] = torch.tensor(block, dtype=torch.int64)
+            row = self._tables[layer][expert]
+            row[1:] = block[1:]
+            row[0] = block[0]  # last, for another thread may be looking
 
     def forget(self, key: Key) -> None:
         """It leaves."""
         layer, expert, is_high = self._stock.places[key]
         if is_high and layer in self._tables:
-            self._tables[layer][expert] = 0
+            self._tables[layer][expert, 0] = 0

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
 from undercroft.kernels.linear import is_plain
-from undercroft.moe.growing import Growing, GrowingLayer
+from undercroft.moe.growing import Growing, GrowingLayer, grown
 from undercroft.moe.kept import Kept
 from undercroft.moe.mixed import put_before
 from undercroft.moe.streamed import bind_token, of_a_token
@@ -105,17 +105,16 @@ class Walk:
         sizes = ways[0].sizes
         self._model, self._ways = model, ways
         places = [*model.places, *(place for way in ways for place in way.places)]
-        numbers = [number for way in ways for number in way.numbers]
+        numbers = [*model.numbers, *(number for way in ways for number in way.numbers)]
         self._kept = Kept(places, hooked=[way.hooked for way in ways], numbers=numbers)
         self._config: dict[str, Any] = {}
         self._embedding: Tensor = model.embedding.weight
         weights = [self._embedding, *(weight for way in ways for weight in way.weights)]
-        self._weights = [_Weight(each) for each in weights]
+        self._weights = [(each, each.data_ptr(), each.dtype, each.shape) for each in weights]
         self._memory = TokenMemory(sizes)
         self._turns = Turns(model.rotary)
         self._states = Growing(len(ways), sizes.keys, sizes.head, sizes.dtype)
         self._bound: list[Bound] = []
-        self._attend: list[tuple[Tensor, Callable[[int], object]] | None] = []
         self._serve: list[Callable[[], bool] | None] = []
         self._threads = 0
         self._lock = Lock()
@@ -133,7 +132,7 @@ class Walk:
             return None
         try:
             self._bind()
-            return self._through(token, before, self._states.layers(past))
+            return self._through(token, before, grown(past))
         finally:
             self._lock.release()
 
@@ -163,7 +162,13 @@ class Walk:
             and self._is_usual
             and self._ways[0].attends
             and self._kept.holds
-            and all(weight.is_same for weight in self._weights)
+            and all(
+                weight.data_ptr() == address
+                and weight.dtype is dtype
+                and weight.shape == shape
+                and weight.is_contiguous()
+                for weight, address, dtype, shape in self._weights
+            )
         )
 
     @property
@@ -177,12 +182,12 @@ class Walk:
 
     def _bind(self) -> None:
         if (threads := torch.get_num_threads()) != self._threads:
-            self._bound, self._threads = [way.bind(self._memory) for way in self._ways], threads
-            self._attend = [None] * len(self._ways)
             m = self._memory
+            self._bound = [way.bind(m) for way in self._ways]
             self._serve = [
                 bind_token(way.experts, m.x, m.chosen, m.shares, m.product[0]) for way in self._ways
             ]
+            self._threads = threads
 
     def _through(self, token: int, before: int, states: Sequence[GrowingLayer]) -> Tensor:
         memory = self._memory
@@ -191,11 +196,13 @@ class Walk:
         for number, (way, bound) in enumerate(zip(self._ways, self._bound, strict=True)):
             for call in bound.begin:
                 call()
-            self._attending(number, states[number].grow())(before)
+            states[number].add(bound.attend)
             for call in bound.end:
                 call()
             if way.hooked._forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
-                memory.x.copy_(way.hooked(memory.residual)[0])
+                residual = memory.residual.clone()  # for who listens may keep or change it
+                memory.x.copy_(way.hooked(residual)[0])
+                memory.residual.copy_(residual)
             else:
                 bound.normalise()
             bound.route()
@@ -211,34 +218,6 @@ class Walk:
             if made is not out:
                 out.copy_(made)
 
-    def _attending(self, number: int, both: Tensor) -> Callable[[int], object]:
-        known = self._attend[number]
-        if known is None or known[0] is not both:
-            self._attend[number] = known = (both, self._bound[number].attend(both))
-        return known[1]
-
-
-class _Weight:
-    """A weight and where it lies, in one piece."""
-
-    __slots__ = ("_address", "_known", "_tensor", "_version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._address, self._version = tensor, tensor.data_ptr(), tensor._version
-        self._known = tensor.dtype, tensor.shape
-
-    @property
-    def is_same(self) -> bool:
-        """Whether it lies there still; what it holds may have changed."""
-        tensor = self._tensor
-        if tensor.data_ptr() != self._address:
-            return False
-        if (version := tensor._version) != self._version:
-            if (tensor.dtype, tensor.shape) != self._known or not tensor.is_contiguous():
-                return False
-            self._version = version
-        return True
-
 
 def shorten_model(model: nn.Module, way_of: Callable[[nn.Module], Way | None]) -> bool:
     """Let a model take a token this way if all its layers have one; whether it does."""
@@ -249,8 +228,6 @@ def shorten_model(model: nn.Module, way_of: Callable[[nn.Module], Way | None]) -
     weight = found.embedding.weight
     if any(way.config is not found.inner.config for way in ways):
         return False
-    if any(each.is_inference() for way in ways for each in (weight, *way.weights)):
-        return False  # of which nobody can tell whether they were changed
     if weight.dtype is not ways[0].sizes.dtype or weight.shape[1] != ways[0].sizes.width or not weight.is_cpu:
         return False
     put_before(_Short, model)

@@ -47,10 +47,10 @@ class Turns:
         return self._rows[place - self._first]
 
     def _ahead(self, place: int, hidden: Tensor) -> Tensor:
-        """(places, 2, width), as many as were seen to be right."""
+        """(places, 2, width), of which both ends were seen to be right; else the first alone."""
         rows = self._made(torch.arange(place, place + _AHEAD, device="cpu"), hidden)
         ends = torch.stack(
-            [self._made(torch.tensor([place + index]), hidden)[0] for index in (0, _AHEAD - 1)]
+            [self._made(torch.tensor([place + index], device="cpu"), hidden)[0] for index in (0, _AHEAD - 1)]
         )
         return rows if torch.equal(ends, rows[[0, -1]]) else ends[:1]
 

@@ -52,6 +52,7 @@ class Usual(NamedTuple):
         router: the module.
         routing: what it does.
         experts: the module.
+        block: the module that has router and experts.
         places: of all these and what they are made of, each a parent and a name.
     """
 
@@ -63,6 +64,7 @@ class Usual(NamedTuple):
     router: Any
     routing: Routing
     experts: Any
+    block: nn.Module
     places: list[tuple[nn.Module, str]]
 
     def numbers(self) -> list[tuple[nn.Module, str]]:
@@ -71,6 +73,7 @@ class Usual(NamedTuple):
         return [
             *((self.router, name) for name in of_router),
             *((self.attention, name) for name in ("head_dim", "scaling", "training")),
+            (self.block, "training"),
             *((norm, "variance_epsilon") for norm in (*self.norms, *self.head_norms)),
         ]
 
@@ -107,6 +110,7 @@ def usual(layer: nn.Module, is_norm: Callable[[nn.Module], bool] = is_rms_norm) 
         router=router,
         routing=routing,
         experts=module.mlp.experts,
+        block=module.mlp,
         places=[
             *((layer, name) for name in (*_NORMS, "self_attn", "mlp")),
             *((attention, name) for name in (*LINEAR, _OUT, *NORMS[: len(head_norms)])),

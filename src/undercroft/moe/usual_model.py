@@ -25,6 +25,7 @@ class UsualModel(NamedTuple):
         rotary: the module.
         experts: what transformers calls the way in which experts run.
         places: of all these, each a parent and a name.
+        numbers: attributes that are to stay what they are, each a module and a name.
     """
 
     inner: Any
@@ -33,6 +34,7 @@ class UsualModel(NamedTuple):
     rotary: Any
     experts: str
     places: list[tuple[nn.Module, str]]
+    numbers: list[tuple[nn.Module, str]]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -58,6 +60,8 @@ def usual_model(model: nn.Module) -> UsualModel | None:
     inner: Any = getattr(model, "model", None)
     if not _is_one(model, _OUTER) or inner is None or not _is_one(inner, _INNER):
         return None
+    if inner.config is not cast("Any", model).config:
+        return None
     embedding, layers = inner.embed_tokens, list[nn.Module](inner.layers)
     if (
         type(embedding) is not nn.Embedding
@@ -71,7 +75,8 @@ def usual_model(model: nn.Module) -> UsualModel | None:
         *((cast("nn.Module", inner.layers), str(number)) for number in range(len(layers))),
     ]
     implementation: str = inner.config._experts_implementation
-    found = UsualModel(inner, embedding, layers, inner.rotary_emb, implementation, places)
+    numbers: list[tuple[nn.Module, str]] = [(model, "config"), (inner, "config")]
+    found = UsualModel(inner, embedding, layers, inner.rotary_emb, implementation, places, numbers)
     return found if found.is_usual else None
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -173,14 +174,14 @@ class RecordCache:
             return self._shelf.hold(found)
 
     def touch(self, keys: Sequence[Key]) -> None:
-        """Count as hits what was used without being asked for, see `keep_still`."""
+        """Count as hits what was used without being asked for, see `still`."""
         with self._lock:
             for key in keys:
                 self._policy.touch(key)
             self._recorder.count("hits", len(keys))
 
-    def keep_still(self) -> None:
-        """Let no record leave until as many calls of `move_again`: a use of whatever is here, without asking for it.
+    def still(self) -> Hold:
+        """Use whatever is here, without asking for it: until that ends, no record leaves.
 
         Meanwhile a fetch that needs room waits, and a hint finds none.
 
@@ -189,13 +190,7 @@ class RecordCache:
         """
         with self._lock:
             self._check_open()
-            self._shelf.keep_still()
-
-    def move_again(self) -> None:
-        """See `keep_still`."""
-        with self._lock:
-            self._shelf.move_again()
-            self._changed.notify_all()
+            return self._shelf.still()
 
     def tell_of_leaving(self, told: Callable[[Key], None]) -> None:
         """Let `told` know of every record that leaves from now on, in the middle of other calls of this object."""
@@ -291,7 +286,10 @@ class RecordCache:
             for entry in self._shelf.loading:
                 self._loader.cancel(entry)
             self._changed.wait_for(lambda: not self._shelf.loading, timeout)
-            for entry in self._shelf.resting:
+            deadline = time.monotonic() + timeout
+            while self._shelf.is_still and time.monotonic() < deadline:
+                self._changed.wait(_POLL_SECONDS)
+            for entry in () if self._shelf.is_still else self._shelf.resting:
                 self._recorder.count("useless_prefetches", entry.foreseen)
                 self._shelf.remove(entry)
 

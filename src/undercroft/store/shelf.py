@@ -120,6 +120,7 @@ class Shelf:
         self.entries: dict[Key, Entry] = {}
         self.on_leave: Callable[[Key], None] = _nobody
         self._still = 0
+        self._stirred: SimpleQueue[None] = SimpleQueue()
         self._slab, self._policy, self._on_evict = slab, policy, on_evict
         self._unpinned: SimpleQueue[Sequence[Entry]] = SimpleQueue()
 
@@ -184,21 +185,27 @@ class Shelf:
         """A use of several entries, which ends for all together."""
         return Hold([self._use(entry) for entry in entries], partial(self._unpinned.put, entries))
 
-    def keep_still(self) -> None:
-        """Let no entry leave until as many calls of `move_again`: a use of all of them that asks for none."""
+    def still(self) -> Hold:
+        """A use of all entries that there are, without asking for any: until it ends, none leaves."""
         self._still += 1
+        return Hold((), partial(self._stirred.put, None))
 
-    def move_again(self) -> None:
-        """See `keep_still`."""
-        self._still -= 1
-        if self.held > self.budget:  # which has become smaller
-            self.resize(self.budget)
+    @property
+    def is_still(self) -> bool:
+        """Whether there is such a use."""
+        self.collect()
+        return self._still > 0
 
     def collect(self) -> None:
-        """Take note of the pins that died; what there is no room for any more leaves."""
+        """Take note of the uses that ended; what there is no room for any more leaves."""
         while not self._unpinned.empty():
             for entry in self._unpinned.get():
                 self._unpin(entry)
+        while not self._stirred.empty():
+            self._stirred.get()
+            self._still -= 1
+            if self.held > self.budget and not self._still:  # which has become smaller
+                self.resize(self.budget)
 
     def resize(self, budget: int) -> None:
         """Set the budget; as many entries leave as it has no room for, and with them the memory that they took."""
