@@ -279,9 +279,9 @@ def test_heads_are_turned_with_the_bits_of_qwen3s(
         assert lanes is not None
         for instructions in native.instructions:
             again = x.clone()
-            compiled().turn(
+            compiled().turning(
                 again, (heads, key_heads), *angles, weights, layer.least, lanes, instructions=instructions
-            )
+            )()
             assert torch.equal(found, again)
 
 

@@ -168,7 +168,7 @@ def test_heads_are_turned_as_llama_does_it(dtype: torch.dtype, normed: bool, nat
     torch.testing.assert_close(found.double().view(9, width), expected, rtol=rounding, atol=1e-6)
     for instructions in native.instructions:
         again = x.clone()
-        compiled().turn(again, heads, norms, 1e-3, cosines, sines, instructions=instructions)
+        compiled().turning(again, heads, norms, 1e-3, cosines, sines, instructions=instructions)()
         assert torch.equal(found, again)
 
 

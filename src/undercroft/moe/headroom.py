@@ -84,8 +84,9 @@ class Headroom:
     def _kept(self, past: object, past_tokens: int, rows: int, tokens: int) -> int:
         """Bytes of a KV cache with so many more tokens, and of the room behind it."""
         most = past_tokens + tokens
+        room = spare(most) if self._grows and rows == 1 else 0
         if past is not None and self._known.past() is past:
-            return int(self._known.each * rows * (most + spare(most)))
+            return int(self._known.each * rows * (most + room))
         held = kv_nbytes(past)
         each = held / (rows * past_tokens) if held and past_tokens else self._token_nbytes
         kept = held + int(each * rows * tokens)
@@ -93,7 +94,7 @@ class Headroom:
             return kept
         if held and past_tokens:
             self._known = _Known(ref(past), each)  # asked once, for a cache has many parts
-        return kept + int(each * rows * spare(most))
+        return kept + int(each * room)
 
     def _set_aside(self, nbytes: int) -> None:
         claim = round_up(nbytes, self._step)
