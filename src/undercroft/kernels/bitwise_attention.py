@@ -43,12 +43,7 @@ class BitwiseAttention:
         self._attend.restype = None
 
     def attend(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scale: float,
-        sums: Tensor | None = None,
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, sums: Tensor | None = None
     ) -> Tensor:
         """As the function of that name has checked them; sums, if any, get each head's log(sum(exp(scores)))."""
         _, heads, _, width = query.shape
@@ -60,15 +55,7 @@ class BitwiseAttention:
     def attending(
         self, query: Tensor, states: Tensor, both: Tensor, scale: float, out: Tensor
     ) -> Callable[[int], None]:
-        """A function that puts a token's keys and values behind so many others, and attends to all of them.
-
-        Args:
-            query: [1, heads, 1, width], contiguous.
-            states: [2, key heads, width], contiguous: the keys and values of the token.
-            both: [2, key heads, most tokens, width]: those of all.
-            scale: of products.
-            out: [1, 1, heads, width], contiguous.
-        """
+        """As `trunk.Trunk.attending`, in bfloat16."""
         keys, values = both[:1], both[1:]
         fields = _fields(query, keys, values, out, last=states)
         attend = Call(self._attend, (torch.get_num_threads(), scale, fields), (query, states, both, out))

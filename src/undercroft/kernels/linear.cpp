@@ -19,7 +19,6 @@ namespace {
 
 constexpr int kBlockRows = 32;
 constexpr int kLeastGroup = 32;  // columns; every group is a multiple
-constexpr int kLine = 64;        // bytes
 constexpr int kTileRows = 8;  // rows of activations that share one pass over a block
 constexpr int64_t kPanelBytes = 256 << 10;  // activation codes that stay in the second-level cache
 constexpr int64_t kPiece = 1024;         // activations, of whole groups, that are loaded before they are quantised

@@ -6,9 +6,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include "vectors.h"
+
 namespace {
 
-constexpr int64_t kBlock = 64, kChunk = 512 * kBlock, kLine = 64;
+constexpr int64_t kBlock = 64, kChunk = 512 * kBlock;
 constexpr int kTable = 8;  // seven exponents, and one that stands for those elsewhere
 constexpr int kCodes = 24;  // bytes of a block's
 

@@ -20,9 +20,9 @@ from undercroft.kernels import library
 from undercroft.kernels.bound import Call, require_memory
 from undercroft.kernels.linear import DTYPES
 
-_TOKENS = 3  # where in the shape of attention it is
 STEP = 16
 """What widths are multiples of."""
+_TOKENS = 3  # where in the shape of attention it is
 
 
 class Trunk:
@@ -69,13 +69,7 @@ class Trunk:
         self._number = products.number
 
     def attend(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scale: float,
-        *,
-        instructions: str | None = None,
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, *, instructions: str | None = None
     ) -> Tensor:
         """As the function of that name, with the named or the fastest instruction set."""
         batch, heads, _, _ = query.shape

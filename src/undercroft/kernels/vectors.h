@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kWorthAThread = 1 << 17;  // multiplications; fewer take less time than waking a thread for them
 constexpr int32_t kInfinity = 0x7f800000, kNan = 0x7fc00000;
-constexpr int64_t kLineBytes = 64;
+constexpr int64_t kLine = 64;                 // bytes
 constexpr int64_t kFar = 8192, kNear = 1024;  // bytes ahead of a stream: for the second-level cache, for the first
 constexpr float kRounder = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even
 
@@ -53,7 +53,7 @@ inline void prefetch(const uint8_t* at) {
 // Rows of which all will be read soon, and not in the order in which they lie.
 inline void prefetch_rows(const void* at, int64_t stride, int64_t rows, int64_t nbytes) {
   for (int64_t row = 0; row < rows; row++)
-    for (int64_t line = 0; line < nbytes; line += kLineBytes)
+    for (int64_t line = 0; line < nbytes; line += kLine)
       __builtin_prefetch(static_cast<const char*>(at) + row * stride + line, 0, 2);
 }
 
